@@ -1,0 +1,25 @@
+"""pytest in the checkout: the package is importable uninstalled, no network or window is used, and the flags that mark
+notebook cells (`tst_flags` of settings.ini) mark tests as well: `@pytest.mark.slow` runs with `pytest --flags slow`."""
+import os, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+for name,value in dict(HF_HUB_OFFLINE='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(name, value)
+
+ini = ConfigParser(interpolation=None)
+ini.read(ROOT/'settings.ini', encoding='utf-8')
+FLAGS = ini['DEFAULT']['tst_flags'].split()
+
+def pytest_addoption(parser): parser.addoption('--flags', default='', help=f'run these tests too, separated by spaces: {" ".join(FLAGS)}')
+
+def pytest_configure(config):
+    for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for flag in set(FLAGS)-set(config.getoption('--flags').split()):
+            if flag in item.keywords: item.add_marker(pytest.mark.skip(reason=f'needs --flags {flag}'))

@@ -1,0 +1,203 @@
+"""Execute the course's notebooks in fresh processes, keep their stored outputs true, and make README.md.
+
+    python tests/notebooks.py run [FILES]     execute, store the outputs, clean; a second run changes nothing
+    python tests/notebooks.py check [FILES]   execute, write nothing, fail where a stored output is stale
+    python tests/notebooks.py readme          make README.md (and nbs/images/) from nbs/index.ipynb; --check compares
+
+Without FILES, every notebook of `nbs/` is meant. Each runs in a Python process of its own, in `nbs/`, under the
+environment `ENV`, so that nothing leaks from one to the next and no graphics card or network is ever used. Cells
+marked `#| eval: false`, or with a flag that `tst_flags` of settings.ini names, are skipped and keep their outputs
+(`--flags slow` runs them); so are notebooks whose front matter says `skip_exec: true`, as in nbdev_test.
+
+What counts as stale: text must be equal to the letter, so a notebook rounds what it prints. Figures, drawn on white,
+may differ by `MEAN` in the mean over pixels and colour channels and by `MOST` in any one of them, of 255. Measured on
+a line plot: noise of a thousandth in the data, more than another processor causes, gives 0.01 and 6; one other letter
+in the title 0.02 and 130; another colour or curve 2 and more. `--exact` asks for equal pixels.
+"""
+import argparse, base64, io, json, os, platform, re, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, README, IMAGES = ROOT/'nbs', ROOT/'README.md', ROOT/'nbs/images'
+MEAN,MOST = 0.25,32
+ENV = dict(
+    OMP_NUM_THREADS='2', OMP_WAIT_POLICY='PASSIVE', PYTHONHASHSEED='0', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='',
+    MPLBACKEND='module://matplotlib_inline.backend_inline', COLUMNS='80', LC_ALL='C.UTF-8', IN_TEST='1')
+if platform.machine() in ('x86_64', 'AMD64'):   # the same floating-point sums on every processor of this kind
+    ENV.update(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
+
+# ---------------------------------------------------------------- in the child: one notebook, executed
+
+def skipped(cell, flags):
+    "Would nbdev_test skip `cell`?"
+    from nbdev.process import extract_directives
+    if cell.cell_type!='code' or 'nbdev_export'+'(' in cell.source: return True
+    directives = extract_directives(cell, remove=False)
+    return directives.get('eval:', [''])[0].lower()=='false' or bool(flags & directives.keys())
+
+def execute(path, dst, allow):
+    "Execute the notebook `path`, clean it, and write it to `dst`; exit code 1 names the cell that failed"
+    sys.path[0] = str(ROOT)   # the checkout in place of tests/
+    from execnb.nbio import read_nb, write_nb, _dict2obj
+    from execnb.shell import CaptureShell
+    from nbdev.clean import clean_nb
+    from nbdev.config import get_config
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
+    cfg,nb = get_config(), read_nb(path)
+    flags = set(cfg.tst_flags.split()) - set(allow)
+    front = NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_
+    shell = CaptureShell(path, mpl_format='png')
+    for i,cell in enumerate(nb.cells):
+        if skipped(cell, flags) or str(front.get('skip_exec', False)).lower()=='true': continue
+        shell._cell_idx = i+1   # for prettytb
+        cell.outputs = _dict2obj(list(shell.run(cell.source)))
+        if shell.exc:
+            sys.stderr.write(shell.prettytb(fname=path)+'\n')
+            sys.exit(f'{where(path, i, cell)}: {type(shell.exc).__name__}: {str(shell.exc).strip() or "(no message)"}')
+        shown = json.dumps([v for k,v in parts(cell.outputs) if not k.startswith('image')])
+        if found := [p for p in (str(ROOT), 'site-packages', tempfile.gettempdir()+'/') if p in shown]:
+            sys.exit(f'{where(path, i, cell)}: the output holds a path of this machine ({found[0]})')
+    clean_nb(nb, False, cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split(), cfg.clean_ids)
+    write_nb(nb, dst)
+
+# ---------------------------------------------------------------- in the parent: processes, comparison
+
+def where(path, i, cell): return f'{Path(path).name} cell {i+1} (#{cell.get("id", "")})'
+
+def in_fresh_process(path, flags, timeout):
+    "Execute `path` in a process of its own; returns its text before and after (None on failure), seconds, error text"
+    start,before = time.time(),path.read_text(encoding='utf-8')
+    env = {**os.environ, **ENV, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
+    if 'cuda' in flags: env['CUDA_VISIBLE_DEVICES'] = os.environ.get('CUDA_VISIBLE_DEVICES', '0')
+    with tempfile.TemporaryDirectory() as tmp:
+        dst = Path(tmp)/path.name
+        try: res = subprocess.run([sys.executable, __file__, '_execute', str(path), str(dst), '--flags', ' '.join(flags)],
+                                  cwd=path.parent, env=env, check=False, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired: return before, None, time.time()-start, f'{path.name}: not done after {timeout} s'
+        after = dst.read_text(encoding='utf-8') if dst.exists() and res.returncode==0 else None
+    return before, after, time.time()-start, '' if after else (res.stderr.strip() or f'{path.name}: exit code {res.returncode}')
+
+def dump(nb): return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n'   # as nbdev_clean writes it
+
+def pixels(png):
+    "PNG in base64, drawn on white, as an array; and the program that wrote it"
+    import numpy as np
+    from PIL import Image
+    im = Image.open(io.BytesIO(base64.b64decode(''.join(png))))
+    rgba,by = im.convert('RGBA'), im.info.get('Software', '').split(',')[0]
+    return np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), rgba).convert('RGB'), dtype=float), by
+
+def differs(kind, old, new, exact=False):
+    "What differs between two stored values of one mime type, or None"
+    if kind=='image/png':
+        (a,was),(b,now) = pixels(old),pixels(new)
+        by = f'; drawn by {was}, here {now}' if was!=now else ''
+        if a.shape!=b.shape: return f'figure was {a.shape[1]}x{a.shape[0]} pixels, is {b.shape[1]}x{b.shape[0]}{by}'
+        mean,most = (d := abs(a-b)).mean(), d.max()
+        if most<=(0 if exact else MOST) and mean<=MEAN: return None
+        return f'figure differs by {mean:.3f} in the mean and {most:.0f} at most (allowed: {MEAN} and {MOST}, of 255){by}'
+    old,new = (''.join(o) if isinstance(o, list) else str(o) for o in (old,new))
+    if old==new: return None
+    a,b = old.splitlines()+['(nothing)'], new.splitlines()+['(nothing)']
+    line = next((i for i,(x,y) in enumerate(zip(a,b)) if x!=y), 0)
+    return f'{kind} line {line+1} was {a[line][:100]!r}, is {b[line][:100]!r}'
+
+def parts(outputs):
+    "The outputs of one cell as (kind, value) pairs"
+    for o in outputs:
+        if o['output_type'] in ('stream', 'error'): yield o.get('name', 'error'), o.get('text', o.get('evalue'))
+        yield from sorted(o.get('data', {}).items())
+
+def stale(old, new, name, exact):
+    "One line for each stored output of notebook `old` that is not what `new` shows"
+    for i,(a,b) in enumerate(zip(old['cells'], new['cells'])):
+        a,b,at = list(parts(a.get('outputs', []))), list(parts(b.get('outputs', []))), where(name, i, b)
+        if (was := [k for k,_ in a])!=(now := [k for k,_ in b]): yield f'{at}: stored outputs {was}, now {now}'
+        else: yield from (f'{at}: {d}' for (k,x),(_,y) in zip(a,b) if (d := differs(k, x, y, exact)))
+
+def keep_equal_pictures(old, new):
+    "Where a figure has not one different pixel keep its old bytes: another zlib or matplotlib writes others"
+    if [c['source'] for c in old['cells']]!=[c['source'] for c in new['cells']]: return new
+    for a,b in zip(old['cells'], new['cells']):
+        for x,y in zip(a.get('outputs', []), b.get('outputs', [])):
+            was,now = (o.get('data', {}).get('image/png') for o in (x, y))
+            if was and now and not differs('image/png', was, now, exact=True): y['data']['image/png'] = was
+    return new
+
+def work(files, mode, flags, jobs, exact, timeout):
+    "Run or check `files`; returns the number of notebooks that failed"
+    start,failed = time.time(),0
+    with ThreadPoolExecutor(jobs) as pool:
+        for path,(before,after,secs,err) in zip(files, pool.map(lambda p: in_fresh_process(p, flags, timeout), files)):
+            problems = err.splitlines()[-1:] if err else []
+            if err: print(err, file=sys.stderr)
+            else:
+                old,new = json.loads(before), json.loads(after)
+                if mode=='check': problems = list(stale(old, new, path, exact))
+                elif path.read_text(encoding='utf-8')!=before: problems = ['edited while it ran, so nothing was stored: run it again']
+                else: path.write_text(dump(keep_equal_pictures(old, new)), encoding='utf-8')
+            failed += bool(problems)
+            print(f'{secs:6.1f} s  {path.name}  {"FAILED" if problems else "ok"}', *problems, sep='\n    ', flush=True)
+    print(f'{time.time()-start:6.1f} s  {len(files)} notebooks, {failed} failed')
+    return failed
+
+# ---------------------------------------------------------------- README.md from nbs/index.ipynb
+
+def readme():
+    "README.md and its pictures, made from nbs/index.ipynb: dict path -> bytes"
+    files,out = {},['<!-- Made from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook, not this file. -->']
+    local = lambda m: f'{m[1]}nbs/{m[2]}' if (NBS/m[2].split('#')[0]).exists() or (NBS/m[2]) in files else m[0]
+    for cell in json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))['cells']:
+        src = ''.join(cell['source'])
+        said = set(re.findall(r'^#\|\s*([\w-]+(?::\s*\w+)?)', src, flags=re.M))
+        if said & {'hide', 'default_exp', 'include: false'}: continue
+        if cell['cell_type']!='code':   # links that are right in nbs/ must be right one folder up
+            out.append(re.sub(r'(\]\(|(?:src|href)=")(?!\w+:|#|/)([^)"\s]+)', local, src))
+            continue
+        code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+        if code and 'echo: false' not in said: out.append(f'```python\n{code}\n```')
+        if 'output: false' in said: continue
+        for o in cell.get('outputs', []):
+            data = o.get('data', {})
+            if 'image/png' in data:
+                png = IMAGES/f'index-{len(files)+1}.png'
+                files[png] = base64.b64decode(''.join(data['image/png']))
+                alt = re.search(r'^#\|\s*fig-alt:\s*(.*)', src, flags=re.M)
+                out.append(f'![{alt[1] if alt else "figure"}]({png.relative_to(ROOT).as_posix()})')
+            elif 'text/markdown' in data: out.append(''.join(data['text/markdown']))
+            elif text := ''.join(o.get('text', data.get('text/plain', ''))).rstrip(): out.append(f'```text\n{text}\n```')
+    return {**files, README: ('\n\n'.join(out)+'\n').encode()}
+
+def write_readme(check):
+    "Write README.md and its pictures, or name what is stale; returns the number of problems"
+    files = readme()
+    bad = [p for p,b in files.items() if not p.exists() or p.read_bytes()!=b]
+    left = set(IMAGES.glob('index-*.png'))-set(files)
+    if check:
+        for p in [*bad, *left]: print(f'{p.relative_to(ROOT)} is stale: run `python tests/notebooks.py readme`')
+        return len(bad)+len(left)
+    for p in bad: p.parent.mkdir(exist_ok=True); p.write_bytes(files[p])
+    for p in left: p.unlink()
+    print(f'README.md: {len(files)-1} pictures, {len(bad)+len(left)} files changed')
+    return 0
+
+def main():
+    if sys.argv[1:2]==['_execute']: return execute(sys.argv[2], sys.argv[3], sys.argv[5].split())
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('mode', choices=['run', 'check', 'readme'])
+    p.add_argument('files', nargs='*', type=Path, help='notebooks (default: all of nbs/)')
+    p.add_argument('--check', action='store_true', help='readme: compare only')
+    p.add_argument('--flags', default='', help='tst_flags whose cells run too, separated by spaces')
+    p.add_argument('--jobs', type=int, default=1, help='notebooks at a time (default: 1)')
+    p.add_argument('--exact', action='store_true', help='check: not one pixel of a figure may differ')
+    p.add_argument('--timeout', type=float, default=600, help='seconds a notebook may take (default: 600)')
+    a = p.parse_args()
+    if a.mode=='readme': sys.exit(bool(write_readme(a.check)))
+    files = [f.resolve() for f in a.files] or sorted(NBS.glob('*.ipynb'))
+    if missing := [f for f in files if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
+    if not files: sys.exit(f'no notebooks in {NBS}')
+    sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout)))
+
+if __name__=='__main__': main()

@@ -1,0 +1,367 @@
+"""Attention against plain loops and against transformers, over random sizes; and every bug that the loops must see.
+
+Legend: B rows, T tokens, S keys, D width, H heads, K channels of a head, R rotating ones, Q query rank, G groups,
+O outputs of a group, W window.
+"""
+import math, random
+import numpy as np
+import pytest, torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from nanowhale import mla
+from nanowhale.config import WhaleConfig, nanowhale_100m
+from nanowhale.mla import Attention, GroupedLinear, KVCache, RMSNorm, attend, rms_norm, window_mask
+from nanowhale.rope import rope_cos_sin
+
+# ---------------------------------------------------------------- the setting: sizes, modules, the loops
+
+def random_config(seed):
+    "Small sizes, many of them odd; K may be odd, R is even; Q is at least 2, for at 1 the norms leave only rounding as a gradient"
+    r = random.Random(seed)
+    G,K = r.randint(1, 4),r.randint(2, 13)
+    return WhaleConfig(
+        vocab_size=17, hidden_size=r.randint(3, 14), num_hidden_layers=1, num_attention_heads=G*r.randint(1, 3), head_dim=K,
+        qk_rope_head_dim=2*r.randint(1, K//2), q_lora_rank=r.randint(2, 9), o_groups=G, o_lora_rank=r.randint(1, 7),
+        sliding_window=r.choice([1, 2, 3, 5, 8, 30]), rope_theta=r.choice([100., 10000., 160000.]), moe_intermediate_size=4,
+        n_routed_experts=2, num_experts_per_tok=1, rms_norm_eps=r.choice([1e-6, 1e-5]))
+
+def noisy(cfg, seed, dtype=torch.float32):
+    "An attention with no parameter left at a value that would hide a bug (sinks 0, norm weights 1)"
+    torch.manual_seed(seed)
+    attn = Attention(cfg)
+    for n,p in attn.named_parameters():
+        if p.ndim>1: torch.nn.init.normal_(p, std=p.shape[1]**-0.5)
+        else: torch.nn.init.normal_(p, mean=0. if n=='sinks' else 1., std=1. if n=='sinks' else 0.4)
+    return attn.to(dtype)
+
+def case(seed, dtype=torch.float32):
+    "A random config, attention, input and documents: some rows packed, some padded on the left"
+    cfg,r = random_config(seed),random.Random(1000+seed)
+    attn = noisy(cfg, seed, dtype)
+    B,T = r.randint(1, 3),r.randint(1, 12)
+    docs = torch.tensor([sorted(r.choices([-1, 0, 1, 2], k=T)) for _ in range(B)])
+    return cfg,attn,torch.randn(B, T, cfg.hidden_size, dtype=dtype),docs
+
+def run(attn, cfg, x, docs=None, start=0, window=None):
+    pos = torch.arange(start, start+x.shape[1], dtype=torch.float64 if x.dtype==torch.float64 else None)
+    rope = rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta)
+    return attn(x, rope, mla.window_mask(pos, pos, window or cfg.sliding_window, docs, docs))
+
+def loops(attn, cfg, x, docs=None, start=0):
+    "The whole attention over b, t, h and s in float64 numpy; shares no line with the package"
+    w = {k: v.detach().double().numpy() for k,v in attn.state_dict().items()}
+    x = x.detach().double().numpy()
+    (B,T,D),H,K,R,G = x.shape,cfg.num_attention_heads,cfg.head_dim,cfg.qk_rope_head_dim,cfg.o_groups
+    def norm(v): return v/math.sqrt(sum(a*a for a in v)/len(v)+cfg.rms_norm_eps)
+    def turn(v, t):
+        v = v.astype(complex)
+        for i in range(R//2):
+            j = K-R+2*i
+            z = (v[j].real+1j*v[j+1].real)*np.exp(1j*t*cfg.rope_theta**(-2*i/R))
+            v[j],v[j+1] = z.real,z.imag
+        return v.real
+    out = np.zeros((B,T,D))
+    for b in range(B):
+        for t in range(T):
+            q = w['q_b_proj.weight'] @ (w['q_a_norm.weight']*norm(w['q_a_proj.weight']@x[b,t]))
+            heads = []
+            for h in range(H):
+                qh,top,total = turn(norm(q[h*K:(h+1)*K]), start+t),np.zeros(K),math.exp(w['sinks'][h])
+                for s in range(T):
+                    if s>t or t-s>=cfg.sliding_window: continue
+                    if docs is not None and docs[b,s]!=docs[b,t]: continue
+                    k = turn(w['kv_norm.weight']*norm(w['kv_proj.weight']@x[b,s]), start+s)
+                    e = math.exp(sum(qh[i]*k[i] for i in range(K))/math.sqrt(K))
+                    top,total = top+e*k,total+e
+                heads.append(turn(top/total, -(start+t)))
+            n,O = H//G,cfg.o_lora_rank
+            mixed = [w['o_a_proj.weight'][g*O:(g+1)*O] @ np.concatenate(heads[g*n:(g+1)*n]) for g in range(G)]
+            out[b,t] = w['o_b_proj.weight'] @ np.concatenate(mixed)
+    return torch.from_numpy(out)
+
+def relative(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
+
+# ---------------------------------------------------------------- against the loops
+
+@pytest.mark.parametrize('seed', range(40))
+def test_equals_loops(seed):
+    cfg,attn,x,docs = case(seed)
+    for d in (None, docs):
+        assert_close(run(attn, cfg, x, d).double(), loops(attn, cfg, x, d), atol=1e-5, rtol=1e-5)
+
+def test_equals_loops_far_from_the_start():
+    cfg,attn,x,docs = case(3)
+    assert_close(run(attn, cfg, x, docs, start=300).double(), loops(attn, cfg, x, docs, start=300), atol=1e-4, rtol=1e-4)
+
+def test_float64_stays_float64():
+    cfg,attn,x,docs = case(5, torch.float64)
+    out = run(attn, cfg, x, docs)
+    assert out.dtype==torch.float64
+    assert_close(out, loops(attn, cfg, x, docs), atol=1e-12, rtol=1e-12)
+
+# ---------------------------------------------------------------- against transformers
+
+def theirs(cfg, attn):
+    "transformers' attention and rotary embedding with the weights of `attn`"
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, DeepseekV4RotaryEmbedding
+    hf_cfg = cfg.to_hf()
+    hf_cfg._attn_implementation = 'eager'
+    hf = DeepseekV4Attention(hf_cfg, 0)
+    hf.load_state_dict(attn.state_dict())   # strict: the same names and shapes
+    return hf,DeepseekV4RotaryEmbedding(hf_cfg)
+
+def run_theirs(hf, rotary, cfg, x, docs=None):
+    pos = torch.arange(x.shape[1])[None]
+    mask = window_mask(pos[0], pos[0], cfg.sliding_window, docs, docs)[:,None]
+    mask = torch.zeros(mask.shape).masked_fill(~mask, float('-inf'))
+    return hf(x, dict(main=rotary(x, pos, layer_type='main')), pos, mask)[0]
+
+@pytest.mark.parametrize('seed', range(60))
+def test_equals_transformers(seed):
+    cfg,attn,x,docs = case(100+seed)
+    hf,rotary = theirs(cfg, attn)
+    docs = docs if seed%2 else None
+    x1,x2 = x.clone().requires_grad_(),x.clone().requires_grad_()
+    a,b = run(attn, cfg, x1, docs),run_theirs(hf, rotary, cfg, x2, docs)
+    assert_close(a, b, atol=1e-5, rtol=1e-5)
+    probe = torch.randn_like(a)
+    (a*probe).sum().backward(); (b*probe).sum().backward()
+    assert_close(x1.grad, x2.grad, atol=1e-5, rtol=1e-4)
+    grads = {n: q.grad for n,q in hf.named_parameters()}
+    for n,p in attn.named_parameters(): assert relative(p.grad, grads[n])<1e-4, n
+
+@pytest.mark.parametrize('window', [16, 2048])
+def test_equals_transformers_at_the_real_width(window):
+    from dataclasses import replace
+    cfg = replace(nanowhale_100m(), sliding_window=window)
+    attn = noisy(cfg, 0)
+    x = torch.randn(2, 40, cfg.hidden_size)
+    assert_close(run(attn, cfg, x), run_theirs(*theirs(cfg, attn), cfg, x), atol=1e-5, rtol=1e-5)
+
+# ---------------------------------------------------------------- planted bugs
+
+ok_attend,ok_mask,ok_rotate = attend,window_mask,mla.rotate
+def no_sink(sinks): return torch.full_like(sinks, float('-inf'))
+def sink_token(q, kv, sinks, mask):
+    token = sinks.mean()*torch.ones_like(kv[:,:1])
+    return ok_attend(q, torch.cat([kv, token], 1), no_sink(sinks), F.pad(mask, (0,1), value=True))
+def half_split(x, cos, sin):
+    still,turn = x.split([x.shape[-1]-2*cos.shape[-1], 2*cos.shape[-1]], -1)
+    (a,b),c,s = turn.chunk(2, -1),cos[...,None,:],sin[...,None,:]
+    return torch.cat([still, a*c-b*s, a*s+b*c], -1)
+def leading(x, cos, sin):
+    return ok_rotate(x.roll(x.shape[-1]-2*cos.shape[-1], -1), cos, sin).roll(2*cos.shape[-1]-x.shape[-1], -1)
+def query(self, x): return self.q_b_proj(self.q_a_norm(self.q_a_proj(x))).unflatten(-1, (-1, self.head_dim))
+
+BUGS = {   # name -> (where, attribute, the wrong thing)
+    'sink declared, never used': (mla, 'attend', lambda q,kv,s,m: ok_attend(q, kv, no_sink(s), m)),
+    'sink as a token':           (mla, 'attend', sink_token),
+    'sink divided by sqrt(K)':   (mla, 'attend', lambda q,kv,s,m: ok_attend(q, kv, s*q.shape[-1]**-0.5, m)),
+    'no scale':                  (mla, 'attend', lambda q,kv,s,m: ok_attend(q*q.shape[-1]**0.5, kv, s, m)),
+    'window one too long':       (mla, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W+1, *d)),
+    'window one too short':      (mla, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W-1, *d)),
+    'documents ignored':         (mla, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W)),
+    'RoPE half-split':           (mla, 'rotate', half_split),
+    'RoPE on the leading slice': (mla, 'rotate', leading),
+    'RoPE sign flipped':         (mla, 'rotate', lambda x,c,s: ok_rotate(x, c, -s)),
+    'output not turned back':    (Attention, 'output', lambda self,o,c,s: self.o_b_proj(self.o_a_proj(o.flatten(-2)))),
+    'output turned on':          (Attention, 'output', lambda self,o,c,s: self.o_b_proj(self.o_a_proj(ok_rotate(o, c, s).flatten(-2)))),
+    'key normed after rotation': (Attention, 'latent', lambda self,x,c,s: self.kv_norm(ok_rotate(self.kv_proj(x)[:,:,None], c, s))[:,:,0]),
+    'query not normed':          (Attention, 'query', lambda self,x,c,s: ok_rotate(query(self, x), c, s)),
+    'query normed over heads':   (Attention, 'query', lambda self,x,c,s: ok_rotate(rms_norm(query(self, x).flatten(-2), self.eps).unflatten(-1, (-1, self.head_dim)), c, s)),
+    'heads grouped in stripes':  (GroupedLinear, 'forward', lambda self,x: torch.einsum('...ig,goi->...go', x.unflatten(-1, (-1, self.groups)), self.weight.unflatten(0, (self.groups, -1))).flatten(-2)),
+}
+
+def bug_case():
+    cfg = WhaleConfig(hidden_size=10, num_hidden_layers=1, num_attention_heads=6, head_dim=8, qk_rope_head_dim=4, q_lora_rank=7,
+                      o_groups=3, o_lora_rank=5, sliding_window=4)
+    attn = noisy(cfg, 1)
+    return cfg,attn,torch.randn(2, 11, 10),torch.tensor([[0]*5+[1]*6, [-1]*3+[7]*8])
+
+@pytest.mark.parametrize('name', BUGS)
+def test_planted_bug_is_seen(name, monkeypatch):
+    cfg,attn,x,docs = bug_case()
+    truth = loops(attn, cfg, x, docs)
+    assert (run(attn, cfg, x, docs)-truth).abs().max()<1e-5
+    monkeypatch.setattr(*BUGS[name])
+    assert (run(attn, cfg, x, docs)-truth).abs().max()>0.02
+
+def test_unweighted_norm_commutes_with_the_rotation():
+    "Only for the query may the order of norm and rotation be exchanged; it is not a bug there"
+    q,rope = torch.randn(2,5,3,8),rope_cos_sin(torch.arange(5), 4)
+    assert_close(mla.rotate(rms_norm(q, 1e-6), *rope), rms_norm(mla.rotate(q, *rope), 1e-6))
+
+# ---------------------------------------------------------------- properties
+
+@pytest.mark.parametrize('seed', range(10))
+def test_causal(seed):
+    cfg,attn,x,docs = case(200+seed)
+    for t in range(x.shape[1]):
+        later = x.clone(); later[:,t:] += torch.randn_like(later[:,t:])
+        assert_close(run(attn, cfg, later, docs)[:,:t], run(attn, cfg, x, docs)[:,:t])
+        early = x.clone(); early[:,:max(0, t+1-cfg.sliding_window)] += 1
+        assert_close(run(attn, cfg, early, docs)[:,t], run(attn, cfg, x, docs)[:,t])
+
+@pytest.mark.parametrize('seed', range(10))
+def test_relative(seed):
+    cfg,attn,x,docs = case(300+seed)
+    assert_close(run(attn, cfg, x, docs, start=777), run(attn, cfg, x, docs), atol=2e-4, rtol=2e-4)
+
+def test_absolute_without_the_inverse_rotation(monkeypatch):
+    cfg,attn,x,docs = bug_case()
+    monkeypatch.setattr(*BUGS['output not turned back'])
+    assert (run(attn, cfg, x, docs, start=777)-run(attn, cfg, x, docs)).abs().max()>0.02
+
+def test_long_window_is_full_causal():
+    cfg,attn,x,_ = bug_case()
+    assert_close(run(attn, cfg, x, window=11), run(attn, cfg, x, window=10**6))
+    assert not torch.allclose(run(attn, cfg, x, window=10), run(attn, cfg, x, window=11))
+
+@pytest.mark.parametrize('pad', [1, 3, 10])
+def test_padding_and_packing(pad):
+    "A padded row, and each document of a packed row, give what they give alone"
+    cfg,attn,x,_ = bug_case()
+    for split in (torch.tensor([[-1]*pad+[0]*(11-pad)]*2), torch.tensor([[5]*pad+[2]*(11-pad)]*2)):
+        assert_close(run(attn, cfg, x, split)[:,pad:], run(attn, cfg, x[:,pad:]))
+    assert_close(run(attn, cfg, x, split)[:,:pad], run(attn, cfg, x[:,:pad]))
+
+def test_one_token():
+    cfg,attn,x,_ = bug_case()
+    assert_close(run(attn, cfg, x[:,:1]).double(), loops(attn, cfg, x[:,:1]), atol=1e-5, rtol=1e-5)
+    assert_close(run(attn, cfg, x, window=1)[:,3], run(attn, cfg, x[:,3:4])[:,0])
+
+def test_row_that_sees_nothing_is_zero_and_finite():
+    q,kv,s = (torch.randn(*n, requires_grad=True) for n in ((2,3,4,6), (2,5,6), (4,)))
+    mask = torch.ones(2,3,5, dtype=torch.bool); mask[1,2] = False
+    out = attend(q, kv, s, mask)
+    out.square().sum().backward()
+    assert (out[1,2]==0).all() and all(t.grad.isfinite().all() for t in (q,kv,s))
+
+@pytest.mark.parametrize('sink', [-1e4, -50., 50., 1e4])
+def test_extreme_sinks(sink):
+    q,kv = torch.randn(1,3,2,6),torch.randn(1,3,6)
+    mask = torch.ones(1,3,3, dtype=torch.bool)
+    out,bare = attend(q, kv, torch.full((2,), sink), mask),attend(q, kv, torch.full((2,), float('-inf')), mask)
+    assert_close(out, bare*float(sink<0))
+
+def test_scores_are_bounded_whatever_the_query_weights():
+    cfg,attn,x,_ = bug_case()
+    for growth in (1, 1e3, 1e6):
+        with torch.no_grad(): attn.q_b_proj.weight.mul_(growth)
+        rope = rope_cos_sin(torch.arange(11), 4)
+        z = torch.einsum('bthk,bsk->bths', attn.query(x, *rope), attn.latent(x, *rope))/8**0.5
+        assert z.abs().max() <= 8**0.5*attn.kv_norm.weight.abs().max()*1.001
+
+# ---------------------------------------------------------------- the cache
+
+def decode(attn, cfg, x, sizes, docs=None, cache=None, restart=False):
+    W,outs,start = cfg.sliding_window,[],0
+    cache = cache or KVCache(W)
+    for n in sizes:
+        kept = 0 if cache.kv is None else cache.kv.shape[1]
+        new,old = slice(start, start+n),slice(start-kept, start+n)
+        pos,d = torch.arange(x.shape[1]),(None,None) if docs is None else (docs[:,new], docs[:,old])
+        rope = rope_cos_sin(pos[new]-start*restart, cfg.qk_rope_head_dim, cfg.rope_theta)
+        outs.append(attn(x[:,new], rope, mla.window_mask(pos[new], pos[old], W, *d), cache))
+        start += n
+    return torch.cat(outs, 1)
+
+def pieces(T, n): return [min(n, T-i) for i in range(0, T, n)]
+
+@pytest.mark.parametrize('window', [1, 2, 3, 5, 12, 13, 14, 40])
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 7, 12, 13])
+def test_cached_equals_full(window, size):
+    from dataclasses import replace
+    cfg,attn,_,_ = bug_case()
+    cfg = replace(cfg, sliding_window=window)
+    torch.manual_seed(window*100+size)
+    x,docs = torch.randn(3, 13, 10),torch.tensor([[0]*13, [0]*6+[1]*7, [-1]*4+[3]*9])
+    assert_close(decode(attn, cfg, x, pieces(13, size)), run(attn, cfg, x), atol=2e-6, rtol=1e-5)
+    assert_close(decode(attn, cfg, x, pieces(13, size), docs), run(attn, cfg, x, docs), atol=2e-6, rtol=1e-5)
+    assert_close(decode(attn, cfg, x, [size]+[1]*(13-size)), run(attn, cfg, x), atol=2e-6, rtol=1e-5)   # a prompt, then tokens
+
+def test_cache_bugs_are_seen():
+    cfg,attn,x,_ = bug_case()
+    full = run(attn, cfg, x)
+    def gap(**kw): return (decode(attn, cfg, x, pieces(11, 2), **kw)-full).abs().max()
+    assert gap()<1e-5
+    assert gap(restart=True)>0.02                                      # positions counted from zero in every piece
+    assert gap(cache=KVCache(cfg.sliding_window-1))>0.02               # one entry too few
+    class Raw(KVCache):                                                # remembers what it was given first
+        def extend(self, kv):
+            old = self.kv if self.kv is not None else kv[:,:0]
+            self.kv = self.kv if self.kv is not None else kv
+            return torch.cat([old, kv], 1)
+    assert gap(cache=Raw(cfg.sliding_window))>0.02
+
+def test_cache_of_one_too_many_only_wastes():
+    "The mask decides who is seen; an entry too many costs memory and nothing else"
+    cfg,attn,x,_ = bug_case()
+    assert_close(decode(attn, cfg, x, pieces(11, 2), cache=KVCache(cfg.sliding_window+1)), run(attn, cfg, x))
+
+def test_cache_keeps_no_more_than_the_window():
+    cache = KVCache(5)
+    cache.extend(torch.randn(2, 100, 3))
+    assert cache.kv.shape==(2,4,3) and cache.kv.untyped_storage().nbytes()==2*4*3*4
+    for _ in range(3): assert cache.extend(torch.randn(2, 1, 3)).shape==(2,5,3)
+    one = KVCache(1)
+    assert one.extend(torch.randn(2,3,4)).shape==(2,3,4) and one.extend(torch.randn(2,1,4)).shape==(2,1,4) and one.kv.numel()==0
+
+# ---------------------------------------------------------------- dtypes, gradients, other kernels, parts
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    q,kv,s = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((2,3,2,4), (2,5,4), (2,)))
+    mask = window_mask(torch.arange(2,5), torch.arange(5), 3)
+    assert torch.autograd.gradcheck(lambda *a: attend(*a, mask), (q,kv,s))
+    cfg,attn,x,docs = case(7, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: run(attn, cfg, x, docs), x.requires_grad_())
+
+@pytest.mark.parametrize('seed', range(5))
+def test_bfloat16(seed):
+    cfg,attn,x,docs = case(400+seed)
+    half = noisy(cfg, 400+seed).bfloat16()
+    out,truth = run(half, cfg, x.bfloat16(), docs),loops(attn, cfg, x, docs)
+    assert out.dtype==torch.bfloat16 and relative(out.double(), truth)<0.03
+    with torch.autocast('cpu', torch.bfloat16): auto = run(attn, cfg, x, docs)
+    assert relative(auto.double(), truth)<0.03
+
+def test_bfloat16_softmax_sums_in_float32():
+    one = attend(torch.zeros(1,1,1,8).bfloat16(), torch.ones(1,4096,8).bfloat16(), torch.zeros(1).bfloat16(), torch.ones(1,1,4096).bool())
+    assert (one-1).abs().max()<0.01
+
+def test_any_kernel_with_lse_serves():
+    "o*sigmoid(lse-sink) over torch's own flex_attention, forward and gradient of the sink"
+    flex = pytest.importorskip('torch.nn.attention.flex_attention')
+    B,T,H,K,W = 2,7,3,8,4
+    q,kv,s1 = torch.randn(B,T,H,K),torch.randn(B,T,K),torch.randn(H, requires_grad=True)
+    s2 = s1.detach().clone().requires_grad_()
+    near = lambda score,b,h,t,s: torch.where((t>=s) & (t-s<W), score, -float('inf'))
+    k = kv[:,None].expand(B,H,T,K)
+    if hasattr(flex, 'AuxRequest'):
+        o,aux = flex.flex_attention(q.transpose(1,2), k, k, score_mod=near, return_aux=flex.AuxRequest(lse=True))
+        lse = aux.lse
+    else: o,lse = flex.flex_attention(q.transpose(1,2), k, k, score_mod=near, return_lse=True)
+    gated = (o*torch.sigmoid(lse-s2[:,None])[...,None]).transpose(1,2)
+    ours = attend(q, kv, s1, window_mask(torch.arange(T), torch.arange(T), W))
+    assert_close(ours, gated)
+    for y in (ours, gated): y.square().sum().backward()
+    assert_close(s1.grad, s2.grad)
+
+def test_grouped_linear():
+    lin = GroupedLinear(3, 4, 5)
+    x = torch.randn(2,7,12)
+    assert lin.weight.shape==(15,4) and lin.weight.isfinite().all() and lin.weight.std()>0   # never left empty
+    assert_close(lin(x), x @ torch.block_diag(*lin.weight.chunk(3)).T)
+
+def test_norm_matches_transformers():
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm, DeepseekV4UnweightedRMSNorm
+    ours,hf,x = RMSNorm(9, 1e-6),DeepseekV4RMSNorm(9, 1e-6),torch.randn(3,9)
+    ours.weight.data = hf.weight.data = torch.randn(9)
+    assert_close(ours(x), hf(x)); assert_close(rms_norm(x, 1e-6), DeepseekV4UnweightedRMSNorm(1e-6)(x))
+    assert rms_norm(torch.zeros(2,9), 1e-6).isfinite().all()
+    assert_close(ours(x.bfloat16()), hf(x.bfloat16()))
+
+def test_nothing_hides_from_the_state_dict():
+    attn = Attention(random_config(0))
+    assert not list(attn.buffers()) and len(attn.state_dict())==8

@@ -1,0 +1,82 @@
+"""Muon against an exact decomposition and against torch's own; groups and schedules"""
+import pytest, torch
+from torch import nn
+from torch.testing import assert_close
+from nanowhale.config import tiny
+from nanowhale.model import Whale
+from nanowhale.optim import Muon, make_optimizers, newton_schulz, schedule, split_params
+
+@pytest.mark.parametrize('shape', [(4, 4), (3, 9), (9, 3), (2, 5, 7), (2, 3, 7, 4), (1, 6), (6, 1)])
+def test_newton_schulz_is_the_orthogonal_factor(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape, dtype=torch.float64)
+    U,_,Vt = torch.linalg.svd(G, full_matrices=False)
+    assert_close(newton_schulz(G), U@Vt, atol=0.02, rtol=0)
+    assert_close(newton_schulz(1e-4*G), newton_schulz(G), atol=1e-3, rtol=0)   # the gradient's scale does not matter
+
+def test_against_torch_muon():
+    "torch's Muon takes one coefficient triple and 2-D tensors; with the same triple both must walk together"
+    torch.manual_seed(0)
+    w = torch.randn(6, 10)
+    ours,theirs = nn.Parameter(w.clone()),nn.Parameter(w.clone())
+    a = Muon([ours], lr=0.05, momentum=0.9, weight_decay=0.3, scale=0.2)
+    b = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.3, nesterov=True, adjust_lr_fn='match_rms_adamw', ns_steps=5)
+    import nanowhale.optim as o
+    was,o.newton_schulz = o.newton_schulz,lambda G: was(G, ((3.4445, -4.7750, 2.0315),)*5)
+    try:
+        for _ in range(5):
+            g = torch.randn(6, 10)
+            ours.grad,theirs.grad = g.clone(),g.clone()
+            a.step(); b.step()
+    finally: o.newton_schulz = was
+    # torch averages the momentum (lerp) and rounds to bf16; directions agree, so the walks stay close
+    assert (ours-theirs).norm()/(theirs-w).norm()<0.03
+
+def test_stacked_experts_move_like_single_matrices():
+    torch.manual_seed(0)
+    w,grads = torch.randn(3, 4, 6),torch.randn(4, 3, 4, 6)
+    stack,single = nn.Parameter(w.clone()),[nn.Parameter(x.clone()) for x in w]
+    a,b = Muon([stack]),Muon(single)
+    for g in grads:
+        stack.grad = g.clone()
+        for p,x in zip(single, g): p.grad = x.clone()
+        a.step(); b.step()
+    assert_close(stack.detach(), torch.stack([p.detach() for p in single]))
+
+def test_parameters_without_gradient_stay():
+    p,q = nn.Parameter(torch.ones(2, 3)),nn.Parameter(torch.ones(2, 3))
+    opt = Muon([p, q]); p.grad = torch.randn(2, 3); opt.step()
+    assert (q==1).all() and not (p==1).all() and q not in opt.state
+
+def test_state_dict_round_trip():
+    torch.manual_seed(0)
+    p,q = nn.Parameter(torch.ones(2, 3)),nn.Parameter(torch.ones(2, 3))
+    a = Muon([p]); p.grad = torch.randn(2, 3); a.step()
+    q.data.copy_(p); b = Muon([q]); b.load_state_dict(a.state_dict())
+    p.grad = torch.randn(2, 3); q.grad = p.grad.clone(); a.step(); b.step()
+    assert torch.equal(p, q)
+
+@pytest.mark.parametrize('muon_lr', [None, 0.02])
+def test_every_parameter_has_one_optimizer_and_vectors_no_decay(muon_lr):
+    whale = Whale(tiny())
+    groups = [g for o in make_optimizers(whale, 1e-3, muon_lr) for g in o.param_groups]
+    ids = [id(p) for g in groups for p in g['params']]
+    assert sorted(ids)==sorted(id(p) for p in whale.parameters())
+    decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
+    for n,p in whale.named_parameters(): assert (decay[id(p)]>0)==(p.ndim>1), n
+
+def test_split_follows_the_paper():
+    whale = Whale(tiny())
+    names = {id(p): n for n,p in whale.named_parameters()}
+    kinds = {k: {names[id(p)] for p in ps} for k,ps in split_params(whale).items()}
+    assert kinds['tables']=={'model.embed_tokens.weight', 'lm_head.weight'}
+    assert {'model.layers.0.attn_hc.fn', 'model.layers.0.mlp.experts.down_proj', 'mtp.0.e_proj.weight'}<=kinds['matrices']
+    assert {'model.layers.0.self_attn.sinks', 'model.layers.0.attn_hc.base', 'model.norm.weight'}<=kinds['vectors']
+
+@pytest.mark.parametrize('steps,warmup,decay', [(1, 0, 1.), (10, 3, 1.), (100, 10, .3), (5, 20, .5), (7, 2, 0.)])
+def test_schedule(steps, warmup, decay):
+    f = [schedule(i, steps, warmup, decay, final=0.1) for i in range(steps+1)]
+    assert all(0<x<=1 for x in f)
+    peak = f.index(max(f))
+    assert f[:peak+1]==sorted(f[:peak+1]) and f[peak:]==sorted(f[peak:], reverse=True)
+    if warmup<steps and decay: assert abs(f[steps]-0.1)<1e-9

@@ -1,0 +1,268 @@
+"Checkpoint folders: round trips with transformers, damaged and hostile folders, writes that fail half-way"
+import json, os, subprocess, sys
+from dataclasses import replace
+import pytest, torch, transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+import nanowhale.weights as weights
+from nanowhale.model import Whale
+from nanowhale.weights import (INDEX, WEIGHTS, atomic, check_keys, n_mtp, native_name, read_config, read_file, read_json, read_weights,
+    translate, write_weights)
+from test_parity import pair, randomise, same_logits, small
+
+transformers.utils.logging.disable_progress_bar()
+EAGER = dict(attn_implementation='eager', experts_implementation='eager')   # the others demand even sizes
+
+@pytest.fixture
+def ids():
+    torch.manual_seed(0)
+    return torch.randint(0, 31, (2, 11))
+
+@pytest.fixture
+def whale():
+    torch.manual_seed(1)
+    return randomise(Whale(small()))
+
+@pytest.fixture
+def hf():
+    torch.manual_seed(2)
+    return pair(small())[1]
+
+def same_state(a, b):
+    assert set(a)==set(b), set(a)^set(b)
+    for k in a: assert a[k].dtype==b[k].dtype and torch.equal(a[k], b[k]), k
+
+# ---------------------------------------------------------------- round trips
+
+def test_ours_loads_in_transformers(whale, ids, tmp_path):
+    whale.save_pretrained(tmp_path)
+    hf,info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **EAGER)
+    assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs')), info
+    assert type(hf).__name__=='DeepseekV4ForCausalLM'
+    same_logits(whale(ids).logits, hf(ids).logits)
+    same_state(hf.state_dict(), {k: v for k,v in whale.state_dict().items() if not k.startswith('mtp.')})
+
+def test_ours_comes_back_to_the_last_bit(whale, ids, tmp_path):
+    whale.save_pretrained(tmp_path)
+    same_state(read_weights(tmp_path), whale.state_dict())
+    again = Whale.from_pretrained(tmp_path)
+    assert again.cfg==whale.cfg
+    same_state(again.state_dict(), whale.state_dict())
+    assert torch.equal(again(ids).logits, whale(ids).logits)
+    assert all(p.requires_grad for p in again.parameters())
+
+@pytest.mark.parametrize('size', ['1GB', '4KB'])
+def test_transformers_loads_here(hf, ids, tmp_path, size):
+    "One file, and shards with an index; transformers writes no MTP block, so none is invented"
+    hf.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path/INDEX).exists()==(size=='4KB')
+    assert read_json(tmp_path/'config.json')['num_nextn_predict_layers']==1
+    whale = Whale.from_pretrained(tmp_path)
+    assert len(whale.mtp)==whale.cfg.num_nextn_predict_layers==0
+    same_state(whale.state_dict(), hf.state_dict())
+    same_logits(whale(ids).logits, hf(ids).logits)
+
+def test_there_and_back_and_there(whale, ids, tmp_path):
+    "Ours, saved by transformers, loaded here, saved here, loaded there"
+    whale.save_pretrained(tmp_path/'a')
+    AutoModelForCausalLM.from_pretrained(tmp_path/'a', **EAGER).save_pretrained(tmp_path/'b')
+    Whale.from_pretrained(tmp_path/'b').save_pretrained(tmp_path/'c')
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path/'c', **EAGER)
+    same_state(hf.state_dict(), {k: v for k,v in whale.state_dict().items() if not k.startswith('mtp.')})
+    assert WhaleConfigs_equal(whale.cfg, Whale.from_pretrained(tmp_path/'c').cfg)
+
+def WhaleConfigs_equal(a, b): return replace(a, num_nextn_predict_layers=0)==replace(b, num_nextn_predict_layers=0)
+
+def test_bfloat16(whale, ids, tmp_path):
+    "Half the bytes; both libraries read the same numbers from them"
+    whale.bfloat16().save_pretrained(tmp_path)
+    assert {v.dtype for v in read_weights(tmp_path).values()}=={torch.bfloat16}
+    again = Whale.from_pretrained(tmp_path)
+    same_state(again.state_dict(), whale.state_dict())
+    assert torch.equal(again(ids).logits, whale(ids).logits)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **EAGER)
+    same_logits(Whale.from_pretrained(tmp_path).float()(ids).logits, hf(ids).logits)
+
+def test_mixed_types_from_transformers(ids, tmp_path):
+    """A bfloat16 model saved by transformers keeps norms, sinks and mixes in float32. It runs here, close to what it says there;
+    with all experts chosen, since transformers scores them in bfloat16, which turns near ties around"""
+    whale = randomise(Whale(small(num_experts_per_tok=5)))
+    whale.bfloat16().save_pretrained(tmp_path/'a')
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path/'a', **EAGER)
+    hf.save_pretrained(tmp_path/'b')
+    assert {v.dtype for v in read_weights(tmp_path/'b').values()}=={torch.bfloat16, torch.float32}
+    logits = Whale.from_pretrained(tmp_path/'b')(ids).logits.float()
+    assert (logits-hf(ids).logits.float()).abs().max()<0.05*logits.abs().max()
+
+def test_compiled_model_loads_everywhere(whale, ids, tmp_path):
+    "Bug 19: `_orig_mod.` never reaches the disk, and is understood where others wrote it"
+    whale.model.layers[0] = torch.compile(whale.model.layers[0])
+    compiled = torch.compile(whale).state_dict()
+    assert all(k.startswith('_orig_mod.') for k in compiled) and any(k.count('_orig_mod.')==2 for k in compiled)
+    plain = Whale(small()).state_dict()
+    write_weights(compiled, tmp_path)
+    assert set(read_weights(tmp_path))==set(plain)
+    save_file(compiled, tmp_path/WEIGHTS, metadata={'format': 'pt'})
+    assert set(translate(read_weights(tmp_path)))==set(plain)
+
+def test_the_layout_of_the_hub_cache(hf, ids, tmp_path):
+    "There, every file of a folder is a link to a blob outside of it"
+    hf.save_pretrained(tmp_path/'blobs', max_shard_size='4KB')
+    snapshot = tmp_path/'snapshots'/'0123abc'
+    snapshot.mkdir(parents=True)
+    for f in (tmp_path/'blobs').iterdir(): (snapshot/f.name).symlink_to(os.path.relpath(f, snapshot))
+    same_state(translate(read_weights(snapshot)), hf.state_dict())
+
+@pytest.mark.parametrize('seed', range(6))
+def test_translation_is_exact_for_random_models(seed, tmp_path):
+    import random
+    from test_parity import random_config
+    torch.manual_seed(seed)
+    hf = pair(random_config(random.Random(seed))[0])[1]
+    hf.save_pretrained(tmp_path, max_shard_size='10KB')
+    disk = read_weights(tmp_path)
+    assert not set(disk)<=set(hf.state_dict())
+    same_state(translate(disk), hf.state_dict())
+    same_state(translate(translate(disk)), hf.state_dict())
+
+def test_every_native_name_is_its_own_translation(whale):
+    assert [native_name(k) for k in whale.state_dict()]==[*whale.state_dict()]
+    assert n_mtp(whale.state_dict())==1
+
+# ---------------------------------------------------------------- the file decides about the MTP block
+
+def test_partly_missing_mtp_block_is_an_error(whale, tmp_path):
+    whale.save_pretrained(tmp_path)
+    state = {k: v for k,v in whale.state_dict().items() if not k.startswith('mtp.0.h_proj')}
+    write_weights(state, tmp_path)
+    with pytest.raises(ValueError, match=r'mtp\.0\.h_proj\.weight is missing, expected shape \[14, 14\]'): Whale.from_pretrained(tmp_path)
+
+def test_config_without_mtp_keeps_the_mtp_in_the_file(whale, ids, tmp_path):
+    whale.save_pretrained(tmp_path)
+    config = read_config(tmp_path)|dict(num_nextn_predict_layers=0)
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    same_state(Whale.from_pretrained(tmp_path).state_dict(), whale.state_dict())
+
+# ---------------------------------------------------------------- damaged and foreign folders: one clear line each
+
+def change(f): return lambda folder: save_file(f(load_file(folder/WEIGHTS)), folder/WEIGHTS)
+def drop(k): return change(lambda s: {n: t for n,t in s.items() if n!=k})
+def edit(name, text): return lambda folder: (folder/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+def config(**kw): return lambda folder: (folder/'config.json').write_text(json.dumps(read_json(folder/'config.json')|kw))
+def delete(name): return lambda folder: (folder/name).unlink()
+def cut(n): return lambda folder: os.truncate(folder/WEIGHTS, n)
+def index(where):
+    def f(folder):
+        (folder/WEIGHTS).rename(folder/'model-00001-of-00001.safetensors')
+        (folder/INDEX).write_text(json.dumps(where))
+    return f
+def promise(k, shard): return index(dict(weight_map={k: shard}))
+
+DAMAGE = dict(   # what is done to a good folder: (how, what the message must name)
+    no_config=(delete('config.json'), ['config.json', 'no such file']),
+    empty_config=(edit('config.json', ''), ['config.json', 'not valid JSON']),
+    half_config=(edit('config.json', '{"vocab_size": 3'), ['config.json', 'not valid JSON']),
+    binary_config=(edit('config.json', b'\xff\xfe\x00'), ['config.json']),
+    list_config=(edit('config.json', '[]'), ['config.json', 'list']),
+    other_model=(config(model_type='llama'), ['config.json', 'llama', 'deepseek_v4']),
+    impossible_size=(config(num_attention_heads=3), ['num_attention_heads', 'o_groups']),
+    no_weights=(delete(WEIGHTS), [WEIGHTS, INDEX]),
+    pickled=(lambda f: (f/WEIGHTS).rename(f/'pytorch_model.bin'), [WEIGHTS, '.bin']),
+    empty_weights=(cut(0), [WEIGHTS, 'not a complete']),
+    cut_in_header=(cut(100), [WEIGHTS, 'not a complete']),
+    cut_in_tensors=(cut(20_000), [WEIGHTS, 'not a complete']),
+    lfs_pointer=(edit(WEIGHTS, 'version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 5\n'), [WEIGHTS, 'not a complete']),
+    missing_key=(drop('model.norm.weight'), ['model.norm.weight is missing', '[14]']),
+    extra_key=(change(lambda s: s|{'model.extra': torch.zeros(2)}), ['model.extra', 'no place', '[2]']),
+    wrong_shape=(change(lambda s: s|{'lm_head.weight': torch.zeros(32, 14)}), ['lm_head.weight', '[32, 14]', '[31, 14]']),
+    wrong_config=(config(hidden_size=16), ['[31, 14]', '[31, 16]']),
+    eight_bits=(change(lambda s: s|{'lm_head.weight': s['lm_head.weight'].to(torch.float8_e4m3fn)}), [WEIGHTS, 'lm_head.weight', 'F8_E4M3']),
+    expert_lost=(change(lambda s: {k: v for k,v in s.items() if 'layers.0.mlp.experts' not in k}|{
+        f'model.layers.0.ffn.experts.{e}.w{i}.weight': torch.zeros(2, 2) for e in range(5) for i in (1, 2, 3) if (e,i)!=(3,2)}), ['experts.3.w2', 'run: ']),
+    index_escapes=(promise('lm_head.weight', '../other.safetensors'), [INDEX, 'lm_head.weight', 'plain file name']),
+    index_absolute=(promise('lm_head.weight', '/etc/passwd'), [INDEX, 'plain file name']),
+    index_empty=(index({}), [INDEX, 'weight_map']),
+    index_lies=(promise('no.such.key', 'model-00001-of-00001.safetensors'), ['no.such.key', 'model-00001-of-00001.safetensors']),
+    shard_lost=(promise('lm_head.weight', 'model-00002-of-00002.safetensors'), ['model-00002-of-00002.safetensors', 'no such file']))
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damage_is_one_clear_line(damage, whale, tmp_path):
+    how,names = DAMAGE[damage]
+    whale.save_pretrained(tmp_path/'run')
+    how(tmp_path/'run')
+    with pytest.raises((ValueError, FileNotFoundError)) as e: Whale.from_pretrained(tmp_path/'run')
+    message = str(e.value)
+    print(message)
+    assert '\n' not in message and len(message)<400 and all(n in message for n in names), message
+
+def test_no_folder(tmp_path):
+    for f in (tmp_path/'none', tmp_path/'file'):
+        (tmp_path/'file').write_text('')
+        for read in (read_config, read_weights, Whale.from_pretrained):
+            with pytest.raises(FileNotFoundError, match='no such folder'): read(f)
+
+def test_a_row_of_odd_tensors(tmp_path):
+    "Scalars, empty tensors, views with gaps, float16, integers, names with odd letters"
+    state = {'a b/ü': torch.tensor(3.0), 'empty': torch.zeros(0, 4), 'view': torch.arange(24.).view(2, 3, 4).permute(2, 0, 1)[::2],
+             'half': torch.ones(3).half(), 'ids': torch.arange(5), 'wide': torch.ones(2).double(), 'grad': torch.ones(2, requires_grad=True)}
+    path = write_weights(state, tmp_path/'x'/'y')
+    same_state(read_file(path), {k: v.detach() for k,v in state.items()})
+
+# ---------------------------------------------------------------- writing: all or nothing
+
+def test_a_failed_write_keeps_the_old_file(whale, tmp_path, monkeypatch):
+    whale.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    def full_disk(tensors, path, **kw):
+        with open(path, 'wb') as f: f.write(b'\x10\x00')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(weights, 'save_file', full_disk)
+    with torch.no_grad(): whale.lm_head.weight.zero_()
+    with pytest.raises(OSError, match='No space'): whale.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()}==before
+
+def test_a_killed_writer_keeps_the_old_file(tmp_path):
+    "The process dies without cleaning up; the name still leads to the whole old file, and the next write succeeds"
+    write_weights({'w': torch.zeros(3)}, tmp_path)
+    code = ('import os, sys; from nanowhale.weights import atomic\n'
+            'with atomic(sys.argv[1]) as tmp: tmp.write_text("half"); os._exit(9)')
+    root = os.path.dirname(os.path.dirname(os.path.abspath(weights.__file__)))
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path/WEIGHTS)], cwd=root, env=os.environ|dict(PYTHONPATH=root))
+    assert done.returncode==9
+    assert torch.equal(read_weights(tmp_path)['w'], torch.zeros(3))
+    write_weights({'w': torch.ones(3)}, tmp_path)
+    assert torch.equal(read_weights(tmp_path)['w'], torch.ones(3))
+
+@pytest.mark.skipif(os.name!='posix', reason='permissions of POSIX')
+def test_a_checkpoint_can_be_read_by_whoever_may_read_new_files(tmp_path):
+    (tmp_path/'plain').write_text('')
+    path = write_weights({'w': torch.zeros(3)}, tmp_path)
+    assert path.stat().st_mode==(tmp_path/'plain').stat().st_mode
+
+def test_a_link_is_replaced_not_written_through(tmp_path):
+    "Saving into a folder of the Hub's cache must not change the blob that other folders share"
+    blob = write_weights({'w': torch.zeros(3)}, tmp_path/'blobs')
+    (tmp_path/WEIGHTS).symlink_to(blob)
+    write_weights({'w': torch.ones(3)}, tmp_path)
+    assert torch.equal(read_file(blob)['w'], torch.zeros(3)) and torch.equal(read_weights(tmp_path)['w'], torch.ones(3))
+
+def test_reading_is_independent_of_the_file_afterwards(tmp_path):
+    write_weights({'w': torch.zeros(3)}, tmp_path)
+    w = read_weights(tmp_path)['w']
+    w.add_(1)
+    assert torch.equal(read_weights(tmp_path)['w'], torch.zeros(3))
+    write_weights({'w': torch.full((3,), 7.0)}, tmp_path)
+    assert torch.equal(w, torch.ones(3))
+
+def test_atomic_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError):
+        with atomic(tmp_path/'x') as tmp:
+            tmp.write_text('half')
+            raise RuntimeError
+    assert not [*tmp_path.iterdir()]
+
+def test_check_keys_takes_shapes_or_tensors():
+    state = {'a': torch.zeros(2, 3)}
+    assert check_keys(state, {'a': (2, 3)}) is check_keys(state, {'a': [2, 3]}) is check_keys(state, state) is state
+    for expected in ({'a': (3, 2)}, {'b': (2, 3)}, {}, {'a': (2, 3), 'b': ()}):
+        with pytest.raises(ValueError): check_keys(state, expected)
