@@ -52,13 +52,13 @@ class Divide(torch.autograd.Function):
             d = (d - (d*y).sum(i%2, keepdim=True))/total
         return d, None, None
 
-# %% ../nbs/05_hyper.ipynb #59c50eef
+# %% ../nbs/05_hyper.ipynb #9d1745b0
 def sinkhorn(
     logits:Tensor,   # [...,N,N] free numbers, source j first, target k last
     iters:int,       # how often targets are normalised; sources one time less
     eps:float=1e-6,  # added to the softmax and to every sum
 )->Tensor:           # [...,N,N] what each target receives (sum over j) is 1 to within eps
-    "Free numbers to nearly doubly stochastic mixes, by alternating division (MHC eqs. 6-9)"
+    "Free numbers to nearly doubly stochastic mixes, by alternating division (mHC paper, eqs. 6-9)"
     m = upcast(logits).movedim((-2,-1), (0,1)).contiguous().softmax(1)+eps
     return Divide.apply(m, iters, eps).movedim((0,1), (-2,-1)).contiguous()
 
@@ -74,9 +74,9 @@ def project(
         mean_square = torch.linalg.vecdot(x, x)/x.shape[-1]
         return F.linear(x, upcast(fn))*(mean_square+eps).rsqrt()[...,None]
 
-# %% ../nbs/05_hyper.ipynb #5703c359
+# %% ../nbs/05_hyper.ipynb #f9d34049
 class HyperConnection(nn.Module):
-    "How one sublayer reads, writes and mixes the streams, decided per token (MHC eqs. 6-9; V4 paper, eqs. 1-8)"
+    "How one sublayer reads, writes and mixes the streams, decided per token (mHC paper, eqs. 6-9; V4 paper, eqs. 1-8)"
     def __init__(self,
         cfg, # a `WhaleConfig`
     ):

@@ -120,7 +120,7 @@ def check_batch(
         bad = x[((x<0) | (x>=V)) & ((x!=-100) | (name=='input_ids'))]
         if len(bad): raise ValueError(f'{name}: {bad[0]} is outside the vocabulary, 0 to {V-1}; is this the right tokenizer?')
 
-# %% ../nbs/09_model.ipynb #27d80209
+# %% ../nbs/09_model.ipynb #3cf39f52
 class Portable:
     "Ways in and out for a module with a `cfg` whose state-dict keys are transformers'"
     @classmethod
@@ -130,7 +130,7 @@ class Portable:
         source:str='the state dict',    # where they come from, for an error
     ):
         "A whale around given weights"
-        state_dict = translate(state_dict)
+        state_dict = translate(state_dict, source)
         with torch.device('meta'): whale = cls(replace(cfg, num_nextn_predict_layers=n_mtp(state_dict)))
         whale.load_state_dict(check_keys(state_dict, whale.state_dict(), source), assign=True)
         return whale

@@ -34,12 +34,12 @@ def route(
     w = scores.gather(-1, idx)
     return idx, scale*w/(w.sum(-1, keepdim=True)+1e-20)
 
-# %% ../nbs/04_moe.ipynb #3bf32694
+# %% ../nbs/04_moe.ipynb #f5e31e08
 def swiglu(
     gate:Tensor, # [...,I] passes through silu
     up:Tensor,   # [...,I] is multiplied with it
     limit:float, # bound of the gate from above, of `up` on both sides
-)->Tensor:       # [...,I] between -limit² and limit²
+)->Tensor:       # [...,I]
     "SwiGLU whose factors are clamped (V4 section 4.2.3)"
     return F.silu(gate.clamp(max=limit))*up.clamp(-limit, limit)
 

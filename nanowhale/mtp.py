@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['shift_labels', 'next_embeddings', 'cross_entropy', 'MTPBlock']
 
-# %% ../nbs/07_mtp.ipynb #9900eb9a
-import torch, torch.nn.functional as F
+# %% ../nbs/07_mtp.ipynb #a22d4fe9
+import torch.nn.functional as F
 from torch import nn, Tensor
 from .rope import upcast
 from .mla import RMSNorm

@@ -37,7 +37,7 @@ def rope_cos_sin(
     a = rope_angles(pos, R, theta)
     return a.cos(), a.sin()
 
-# %% ../nbs/01_rope.ipynb #fa21e9b3
+# %% ../nbs/01_rope.ipynb #045885e6
 def rotate(
     x:Tensor,    # [B,T,H,K] queries, keys = values (H=1), or outputs
     cos:Tensor,  # [T,R/2] or [B,T,R/2] from `rope_cos_sin`
@@ -47,6 +47,6 @@ def rotate(
     R = 2*cos.shape[-1]
     cos,sin = cos.unsqueeze(-2),sin.unsqueeze(-2)
     still,turn = x.split([x.shape[-1]-R, R], -1)
-    a,b = upcast(turn).unflatten(-1, (-1,2)).unbind(-1)
+    a,b = turn.unflatten(-1, (-1,2)).unbind(-1)   # cos and sin lift bf16 to float32
     turn = torch.stack([a*cos-b*sin, a*sin+b*cos], -1).flatten(-2)
     return torch.cat([still, turn.to(x.dtype)], -1)

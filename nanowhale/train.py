@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'n_targets', 'add_gradients', 'train_step', 'train_steps', 'trainer_state', 'load_trainer_state',
            'save_run', 'write_json', 'model_card', 'plot_losses', 'claim_folder', 'pick_device', 'up_to', 'prepare',
-           'stop_on_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps', 'measure']
+           'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps', 'measure']
 
-# %% ../nbs/15_train.ipynb #f174708e
-import json, math, platform, time
+# %% ../nbs/15_train.ipynb #61783f58
+import json, math, platform, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -262,15 +262,21 @@ def prepare(
     rows = [pack(encode(tok, t), recipe.context, pad) for t in (train, held)]
     return tok, *rows, held
 
-# %% ../nbs/15_train.ipynb #70f09297
+# %% ../nbs/15_train.ipynb #75697f52
 @contextmanager
-def stop_on_ctrl_c(
-    say,   # called with one line when it happens
-):
-    "Ctrl-C ends the block inside, not the program"
-    try: yield
-    except KeyboardInterrupt: say('stopped by Ctrl-C: measuring and saving what there is')
+def noting_ctrl_c():  # yields a list that holds something once Ctrl-C was pressed
+    "Note Ctrl-C instead of raising it, so that a step is never left half done; a second one is raised"
+    pressed = []
+    def note(*_):
+        if pressed: raise KeyboardInterrupt
+        pressed.append(True)
+    main = threading.current_thread() is threading.main_thread()   # only there signals can be handled
+    before = signal.signal(signal.SIGINT, note) if main else None
+    try: yield pressed
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/15_train.ipynb #06e277d7
 def train(
     preset:str='tiny',       # size of the model: tiny, nanowhale_100m
     data:str=None,           # .txt, .jsonl or .parquet file, folder, or Hub dataset; none: the English that ships with Python
@@ -308,7 +314,7 @@ def train(
     say(f'saved in {out}/: try `nanowhale generate "The assert statement"{"" if str(out)=="whale" else f" --model {out}"}`')
     return results
 
-# %% ../nbs/15_train.ipynb #4f349acc
+# %% ../nbs/15_train.ipynb #3147c899
 def new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field) -> dict:
     "Everything a run is determined by; `train` explains each"
     get_preset(preset)   # an unknown one ends here
@@ -336,7 +342,7 @@ def run_steps(whale, opts, rows, held_rows, recipe:Recipe, state:dict, log:Path,
     from tqdm.auto import tqdm
     metrics,start,tokens = [],state['step'],0
     due = {round(recipe.steps*i/recipe.evals)-1 for i in range(1, recipe.evals)}
-    with log.open('a') as f, tqdm(total=recipe.steps, initial=start, unit='step') as bar, stop_on_ctrl_c(say):
+    with log.open('a') as f, tqdm(total=recipe.steps, initial=start, unit='step') as bar, noting_ctrl_c() as pressed:
         clock = time.perf_counter()
         for m in train_steps(whale, opts, rows, recipe, state['seed'], start):
             tokens += recipe.accum*recipe.batch_size*recipe.context
@@ -348,6 +354,9 @@ def run_steps(whale, opts, rows, held_rows, recipe:Recipe, state:dict, log:Path,
             f.write(json.dumps(m)+'\n'); f.flush()
             metrics.append(m)
             bar.set_postfix(loss=f'{m["loss"]:.3f}', tok_s=f'{m["tokens_per_second"]:,}', refresh=False); bar.update()
+            if pressed:
+                say('stopped by Ctrl-C: measuring and saving what there is')
+                break
     return metrics
 
 def measure(whale, tok, held_rows, held:list[str], recipe:Recipe, metrics:list[dict], seconds:float) -> dict:

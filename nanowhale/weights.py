@@ -31,31 +31,31 @@ def read_json(
     if not isinstance(obj, dict): raise ValueError(f'{path}: holds a {type(obj).__name__}, not a JSON object; {AGAIN}')
     return obj
 
-# %% ../nbs/08_weights.ipynb #90f74f84
+# %% ../nbs/08_weights.ipynb #5b8ab030
 def read_file(
     path:str|Path,  # a safetensors file
 )->dict:
     "Every tensor of one safetensors file, by name; a damaged file or a type that needs decoding is a `ValueError`"
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file; {AGAIN}')
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no such file; {AGAIN}')
     try:
         with safe_open(path, 'pt') as f:
             for k in f.keys():
                 if (t := f.get_slice(k).get_dtype()) not in DTYPES:
-                    raise ValueError(f'{path}: {k} is stored as {t}, which has to be decoded first; convert the file to bfloat16 or float32')
-            return {k: f.get_tensor(k).clone() for k in f.keys()}     # into memory of their own: see below
+                    raise ValueError(f'{path}: {k} is stored as {t}, which needs decoding; convert the file to bfloat16 or float32')
+            return {k: f.get_tensor(k).clone() for k in f.keys()}     # aligned memory: the same weights, the same bits
     except SafetensorError as e:
         raise ValueError(f'{path}: not a complete safetensors file ({e}); {AGAIN}') from None
 
-# %% ../nbs/08_weights.ipynb #f0f87d3d
+# %% ../nbs/08_weights.ipynb #4d420d20
 def read_config(
     folder:str|Path,  # a checkpoint folder
 )->dict:
     "The `config.json` of a checkpoint folder, which must describe a deepseek_v4 model"
     if not Path(folder).is_dir(): raise FileNotFoundError(f'{folder}: no such folder; name one that holds config.json and {WEIGHTS}')
-    config = read_json(Path(folder)/'config.json')
-    if config.get('model_type')!='deepseek_v4':
-        raise ValueError(f"{Path(folder)/'config.json'}: model_type is {config.get('model_type')!r}, only 'deepseek_v4' can be read; choose another folder")
+    path = Path(folder)/'config.json'
+    config = read_json(path)
+    kind = config.get('model_type')
+    if kind!='deepseek_v4': raise ValueError(f"{path}: model_type is {kind!r}, only 'deepseek_v4' can be read; choose another folder")
     return config
 
 # %% ../nbs/08_weights.ipynb #27e2d456
@@ -70,7 +70,7 @@ def shard_names(
             raise ValueError(f'{index}: {k} is said to lie in {shard!r}, which is not a plain file name; do not trust this folder')
     return where
 
-# %% ../nbs/08_weights.ipynb #2e67a1cc
+# %% ../nbs/08_weights.ipynb #24f20214
 def read_weights(
     folder:str|Path,  # a checkpoint folder: one model.safetensors, or shards and their index
 )->dict:
@@ -78,7 +78,8 @@ def read_weights(
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; name one that holds config.json and {WEIGHTS}')
     if (folder/WEIGHTS).is_file(): return read_file(folder/WEIGHTS)
-    if not (folder/INDEX).is_file(): raise FileNotFoundError(f'{folder}: holds neither {WEIGHTS} nor {INDEX}; pickled weights (.bin, .pt) are not read, save them as safetensors')
+    if not (folder/INDEX).is_file():
+        raise FileNotFoundError(f'{folder}: holds neither {WEIGHTS} nor {INDEX}; save pickled weights (.bin, .pt) as safetensors first')
     where,tensors = shard_names(folder/INDEX),{}
     for shard in sorted(set(where.values())):
         found = read_file(folder/shard)
@@ -87,7 +88,7 @@ def read_weights(
             tensors[k] = found[k]
     return tensors
 
-# %% ../nbs/08_weights.ipynb #bdaaa3f6
+# %% ../nbs/08_weights.ipynb #3c91965c
 @contextmanager
 def atomic(
     path:str|Path,  # the file to write or replace
@@ -99,7 +100,7 @@ def atomic(
     mode = tmp.stat().st_mode            # the user's usual permissions: safetensors makes files that only the owner can read
     try:
         yield tmp
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         tmp.chmod(mode)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
@@ -135,13 +136,13 @@ def native_name(
     for old,new in RENAMES: name = old.sub(new, name)
     return name
 
-# %% ../nbs/08_weights.ipynb #e0f28676
+# %% ../nbs/08_weights.ipynb #379f44ef
 EXPERT = re.compile(r'(.+\.experts)\.(\d+)\.w([123])\.weight')       # one matrix of one expert, as files name it
 
 def stack_experts(
     name:str,    # the module that holds the experts
     parts:dict,  # (expert, 1 | 2 | 3) -> that expert's w1 [I,D], w2 [D,I] or w3 [I,D]
-    source='the checkpoint',  # the file or folder, for the error
+    source:str='the checkpoint',  # the file or folder, for the error
 )->dict:
     "The experts of one layer in two tensors: `gate_up_proj` [E,2I,D], gate rows (w1) above up rows (w3), and `down_proj` [E,D,I]"
     E = max(e for e,_ in parts)+1
@@ -152,10 +153,10 @@ def stack_experts(
         return {f'{name}.gate_up_proj': torch.stack(gate_up), f'{name}.down_proj': torch.stack(down)}
     except RuntimeError: raise ValueError(f'{source}: the experts of {name} differ in shape; {AGAIN}') from None
 
-# %% ../nbs/08_weights.ipynb #b9c37ec6
+# %% ../nbs/08_weights.ipynb #0dbaa6ce
 def translate(
     state_dict:dict,  # name -> tensor, under native names, transformers' names on the disk, or DeepSeek's
-    source='the checkpoint',  # the file or folder, for the error
+    source:str='the checkpoint',  # the file or folder, for the error
 )->dict:
     "The same tensors under the names of `Whale.state_dict()`; exact, and the identity on native names"
     native,experts = {},{}
@@ -168,20 +169,20 @@ def translate(
     for name,parts in experts.items(): native.update(stack_experts(name, parts, source))
     return native
 
-# %% ../nbs/08_weights.ipynb #694eb0cb
+# %% ../nbs/08_weights.ipynb #71c987ad
 def check_keys(
-    state_dict:dict,          # name -> tensor, what was read
-    expected:dict,            # name -> shape or tensor, what the model needs: `model.state_dict()` will do
-    source='the checkpoint',  # the file or folder, for the error
+    state_dict:dict,              # name -> tensor, what was read
+    expected:dict,                # name -> shape or tensor, what the model needs: `model.state_dict()` will do
+    source:str='the checkpoint',  # the file or folder, for the error
 )->dict:
     "`state_dict`, if it has exactly the expected names and shapes; else a `ValueError` with one line about the first difference"
-    have,want = ({k: list(getattr(v, 'shape', v)) for k,v in d.items()} for d in (state_dict, expected))
-    missing,extra = ([k for k in a if k not in b] for a,b in ((want, have), (have, want)))
-    wrong = [k for k in want if k in have and have[k]!=want[k]]
-    for keys,say in ((missing, lambda k: f'is missing, expected shape {want[k]}'), (extra, lambda k: f'of shape {have[k]} has no place in the model'),
-                     (wrong, lambda k: f'has shape {have[k]}, expected {want[k]}')):
-        more = f' (and {len(keys)-1} more)' if len(keys)>1 else ''
-        if keys: raise ValueError(f'{source}: {keys[0]} {say(keys[0])}{more}; config.json and weights do not belong together')
+    shape = lambda d,k: list(getattr(d[k], 'shape', d[k]))
+    wrong = [f'{k} is missing, expected shape {shape(expected,k)}' for k in expected if k not in state_dict]
+    wrong += [f'{k} of shape {shape(state_dict,k)} has no place in the model' for k in state_dict if k not in expected]
+    wrong += [f'{k} has shape {shape(state_dict,k)}, expected {shape(expected,k)}'
+        for k in expected if k in state_dict and shape(state_dict,k)!=shape(expected,k)]
+    more = f' (and {len(wrong)-1} more differences)' if len(wrong)>1 else ''
+    if wrong: raise ValueError(f'{source}: {wrong[0]}{more}; config.json and weights do not belong together')
     return state_dict
 
 # %% ../nbs/08_weights.ipynb #5c475a7a

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, README, IMAGES = ROOT/'nbs', ROOT/'README.md', ROOT/'nbs/images'
 MEAN,MOST = 0.25,32
 ENV = dict(
-    OMP_NUM_THREADS='2', OMP_WAIT_POLICY='PASSIVE', PYTHONHASHSEED='0', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='',
-    MPLBACKEND='module://matplotlib_inline.backend_inline', COLUMNS='80', LC_ALL='C.UTF-8', IN_TEST='1')
+    OMP_NUM_THREADS='2', OMP_WAIT_POLICY='PASSIVE',   # passive: on busy cores, threads that spin cost five times the seconds
+    PYTHONHASHSEED='0', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='', COLUMNS='80',
+    MPLBACKEND='module://matplotlib_inline.backend_inline', LC_ALL='C.UTF-8', IN_TEST='1')
 if platform.machine() in ('x86_64', 'AMD64'):   # the same floating-point sums on every processor of this kind
     ENV.update(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
 
@@ -55,7 +56,7 @@ def execute(path, dst, allow):
         cell.outputs = _dict2obj(list(shell.run(cell.source)))
         if shell.exc:
             sys.stderr.write(shell.prettytb(fname=path)+'\n')
-            sys.exit(f'{where(path, i, cell)}: {type(shell.exc).__name__}: {str(shell.exc).strip() or "(no message)"}')
+            sys.exit(f'{where(path, i, cell)}: {type(shell.exc).__name__}: {" ".join(str(shell.exc).split())[:200]}')
         shown = json.dumps([v for k,v in parts(cell.outputs) if not k.startswith('image')])
         if found := [p for p in (str(ROOT), 'site-packages', tempfile.gettempdir()+'/') if p in shown]:
             sys.exit(f'{where(path, i, cell)}: the output holds a path of this machine ({found[0]})')
@@ -70,7 +71,7 @@ def in_fresh_process(path, flags, timeout):
     "Execute `path` in a process of its own; returns its text before and after (None on failure), seconds, error text"
     start,before = time.time(),path.read_text(encoding='utf-8')
     env = {**os.environ, **ENV, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
-    if 'cuda' in flags: env['CUDA_VISIBLE_DEVICES'] = os.environ.get('CUDA_VISIBLE_DEVICES', '0')
+    if 'cuda' in flags: env['CUDA_VISIBLE_DEVICES'] = '0'
     with tempfile.TemporaryDirectory() as tmp:
         dst = Path(tmp)/path.name
         try: res = subprocess.run([sys.executable, __file__, '_execute', str(path), str(dst), '--flags', ' '.join(flags)],
@@ -78,8 +79,6 @@ def in_fresh_process(path, flags, timeout):
         except subprocess.TimeoutExpired: return before, None, time.time()-start, f'{path.name}: not done after {timeout} s'
         after = dst.read_text(encoding='utf-8') if dst.exists() and res.returncode==0 else None
     return before, after, time.time()-start, '' if after else (res.stderr.strip() or f'{path.name}: exit code {res.returncode}')
-
-def dump(nb): return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n'   # as nbdev_clean writes it
 
 def pixels(png):
     "PNG in base64, drawn on white, as an array; and the program that wrote it"
@@ -119,7 +118,6 @@ def stale(old, new, name, exact):
 
 def keep_equal_pictures(old, new):
     "Where a figure has not one different pixel keep its old bytes: another zlib or matplotlib writes others"
-    if [c['source'] for c in old['cells']]!=[c['source'] for c in new['cells']]: return new
     for a,b in zip(old['cells'], new['cells']):
         for x,y in zip(a.get('outputs', []), b.get('outputs', [])):
             was,now = (o.get('data', {}).get('image/png') for o in (x, y))
@@ -131,13 +129,14 @@ def work(files, mode, flags, jobs, exact, timeout):
     start,failed = time.time(),0
     with ThreadPoolExecutor(jobs) as pool:
         for path,(before,after,secs,err) in zip(files, pool.map(lambda p: in_fresh_process(p, flags, timeout), files)):
-            problems = err.splitlines()[-1:] if err else []
-            if err: print(err, file=sys.stderr)
-            else:
+            *trace,line = err.splitlines() or ['']
+            if trace: print(*trace, sep='\n', file=sys.stderr)
+            problems = [line] if err else []
+            if not err:
                 old,new = json.loads(before), json.loads(after)
                 if mode=='check': problems = list(stale(old, new, path, exact))
                 elif path.read_text(encoding='utf-8')!=before: problems = ['edited while it ran, so nothing was stored: run it again']
-                else: path.write_text(dump(keep_equal_pictures(old, new)), encoding='utf-8')
+                else: path.write_text(json.dumps(keep_equal_pictures(old, new), sort_keys=True, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
             failed += bool(problems)
             print(f'{secs:6.1f} s  {path.name}  {"FAILED" if problems else "ok"}', *problems, sep='\n    ', flush=True)
     print(f'{time.time()-start:6.1f} s  {len(files)} notebooks, {failed} failed')
@@ -148,7 +147,7 @@ def work(files, mode, flags, jobs, exact, timeout):
 def readme():
     "README.md and its pictures, made from nbs/index.ipynb: dict path -> bytes"
     files,out = {},['<!-- Made from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook, not this file. -->']
-    local = lambda m: f'{m[1]}nbs/{m[2]}' if (NBS/m[2].split('#')[0]).exists() or (NBS/m[2]) in files else m[0]
+    local = lambda m: f'{m[1]}nbs/{m[2]}' if (NBS/m[2].split('#')[0]).exists() else m[0]
     for cell in json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))['cells']:
         src = ''.join(cell['source'])
         said = set(re.findall(r'^#\|\s*([\w-]+(?::\s*\w+)?)', src, flags=re.M))
@@ -162,8 +161,7 @@ def readme():
         for o in cell.get('outputs', []):
             data = o.get('data', {})
             if 'image/png' in data:
-                png = IMAGES/f'index-{len(files)+1}.png'
-                files[png] = base64.b64decode(''.join(data['image/png']))
+                files[png := IMAGES/f'index-{len(files)+1}.png'] = base64.b64decode(''.join(data['image/png']))
                 alt = re.search(r'^#\|\s*fig-alt:\s*(.*)', src, flags=re.M)
                 out.append(f'![{alt[1] if alt else "figure"}]({png.relative_to(ROOT).as_posix()})')
             elif 'text/markdown' in data: out.append(''.join(data['text/markdown']))
@@ -196,8 +194,7 @@ def main():
     a = p.parse_args()
     if a.mode=='readme': sys.exit(bool(write_readme(a.check)))
     files = [f.resolve() for f in a.files] or sorted(NBS.glob('*.ipynb'))
-    if missing := [f for f in files if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
-    if not files: sys.exit(f'no notebooks in {NBS}')
+    if missing := [f for f in files or [NBS/'*.ipynb'] if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
     sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout)))
 
 if __name__=='__main__': main()

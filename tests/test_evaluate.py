@@ -192,6 +192,8 @@ def test_xz_gives_the_bytes_back():
 
 @pytest.mark.skipif(not shutil.which('xz'), reason='no xz here')
 def test_xz_is_the_program():
-    for data in (TEXT, open(__file__, 'rb').read()):
+    from pydoc_data.topics import topics
+    long = '\n'.join(topics.values()).encode()[:200_000]
+    for data in (TEXT, open(__file__, 'rb').read(), long):
         program = len(subprocess.run(['xz', '-9e', '-T1', '-c'], input=data, capture_output=True, check=True).stdout)
         assert abs(xz_bits_per_byte(data)*len(data)/8-program)<=16   # versions differ in a header

@@ -22,7 +22,7 @@ from nanowhale.model import Whale
 
 LIMITS = dict(logits=1e-5, loss=1e-5, grads=1e-4, logits64=1e-10, loss64=1e-10, grads64=1e-6)   # what is allowed
 NOISY = 2e-5         # a gradient whose float32 and float64 values differ by more is not compared in float32
-ZERO = 1e-10         # relative to the largest gradient: below this even float64 holds rounding only
+ZERO = 1e-8          # relative to the largest gradient: below this even float64 holds rounding only
 ODD_R = [(44, 30), (45, 26), (47, 6), (47, 24), (49, 16), (52, 30), (55, 28)]   # (K, R) where int(K * (R/K)) is not R
 
 def random_config(r):
@@ -107,10 +107,11 @@ def compare(seed, draw=0):
 def beyond(got): return [k for k,limit in LIMITS.items() if not got[k]<=limit]
 
 def compare_twice(seed):
-    """`compare`, and once more with other weights if something is beyond the limits: rounding that one draw of weights
-    happens to amplify (a score at the very edge of the top-k, a norm of next to nothing) does not return; a bug does"""
+    """`compare`, and once more with other weights if something is beyond the float32 limits alone: rounding that one draw of
+    weights happens to amplify (a score at the very edge of the top-k, a norm of next to nothing) does not return; a bug does"""
     got = compare(seed)
-    return compare(seed, 1)|dict(again=True) if beyond(got) else got|dict(again=False)
+    again = bool(beyond(got)) and not any(k.endswith('64') for k in beyond(got))
+    return (compare(seed, 1) if again else got)|dict(again=again)
 
 @pytest.mark.parametrize('seed', range(160))
 def test_random(seed):
