@@ -10,7 +10,7 @@ import os, sys
 from fastcore.script import Param, anno_parser
 from .train import train
 
-# %% ../nbs/20_cli.ipynb #c869765d
+# %% ../nbs/20_cli.ipynb #2bfd5a87
 def generate(
     prompt:Param('the text to go on from; none: read from standard input', str, opt=False, nargs='?')=None,
     model:str='whale',          # checkpoint folder
@@ -62,13 +62,14 @@ def info(
     model:str='',    # or a checkpoint folder
 ):
     "Parameters, FLOPs and cache of a preset or of a saved whale"
-    from nanowhale.config import PRESETS, WhaleConfig, cache_bytes, count_flops, count_params, get_preset
+    from nanowhale.config import WhaleConfig, cache_bytes, count_flops, count_params, get_preset
     from nanowhale.weights import read_config
     if not preset and not model: preset = 'tiny'
     cfg = WhaleConfig.from_hf(read_config(model)) if model else get_preset(preset)
     params,flops = count_params(cfg),count_flops(cfg, min(2048, cfg.max_position_embeddings))
-    for name in params: print(f'{name:>12}  {params[name]:>13,} parameters  {flops.get(name, 0):>13,} FLOPs a token')
-    print(f'{"all":>12}  {sum(params.values()):>13,} parameters  {sum(flops.values()):>13,} FLOPs a token')
+    flops['attention'] += flops.pop('scores')
+    for name in params: print(f'{name:>12}  {params[name]:>13,} parameters  {flops.get(name, 0):>13,.0f} FLOPs a token')
+    print(f'{"all":>12}  {sum(params.values()):>13,} parameters  {sum(flops.values()):>13,.0f} FLOPs a token')
     print(f'key = value cache at {cfg.sliding_window:,} tokens and beyond: {cache_bytes(cfg, cfg.sliding_window):,} bytes')
 
 # %% ../nbs/20_cli.ipynb #b6bc2b3c

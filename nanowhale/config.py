@@ -184,12 +184,12 @@ class WhaleConfig:
         from transformers import DeepseekV4Config
         return DeepseekV4Config(**self.to_dict())
 
-# %% ../nbs/00_config.ipynb #89b6d9dc
+# %% ../nbs/00_config.ipynb #25db0b09
 def tiny(
-    vocab_size:int=2048,  # V, tokens of the tokenizer it is trained with
+    vocab_size:int=4096,  # V, tokens of the tokenizer it is trained with
 )->WhaleConfig:
     "A whale that two CPU cores train in minutes"
-    return WhaleConfig(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
+    return WhaleConfig(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, head_dim=32,
         qk_rope_head_dim=16, q_lora_rank=64, o_groups=2, o_lora_rank=32, sliding_window=128, max_position_embeddings=512,
         moe_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2)
 

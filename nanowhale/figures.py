@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'TEXT', 'STYLE', 'figure']
 
-# %% ../nbs/00_figures.ipynb #03a40c70
+# %% ../nbs/00_figures.ipynb #40b37c3d
 import matplotlib.pyplot as plt
-from matplotlib.colors import to_rgb
 
 # %% ../nbs/00_figures.ipynb #34f95284
 COLORS = dict(                                                        # concept -> colour, the same in every chapter

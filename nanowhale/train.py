@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'n_targets', 'add_gradients', 'train_step', 'train_steps', 'trainer_state', 'load_trainer_state',
-           'save_run', 'write_json', 'model_card', 'plot_losses', 'claim_folder', 'pick_device', 'up_to', 'prepare',
-           'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps', 'measure']
+           'save_run', 'write_json', 'model_card', 'plot_losses', 'free_folder', 'pick_device', 'up_to', 'prepare',
+           'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps', 'hardware', 'measure']
 
 # %% ../nbs/15_train.ipynb #61783f58
 import json, math, platform, signal, threading, time
@@ -25,18 +25,18 @@ from .mtp import shift_labels
 from .optim import make_optimizers, schedule
 from .weights import atomic, read_file, read_json
 
-# %% ../nbs/15_train.ipynb #4210e7e8
+# %% ../nbs/15_train.ipynb #3706d350
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained; every value is saved with the run"
-    steps: int = 320               # optimizer steps
+    steps: int = 150               # optimizer steps
     batch_size: int = 8            # B, rows in one forward pass
     accum: int = 1                 # forward passes in one step
     context: int = 256             # T, targets in a row
-    lr: float = 4e-3               # learning rate of AdamW
+    lr: float = 0.012              # learning rate of AdamW
     muon_lr: float|None = 0.02     # learning rate of Muon for the matrices; None: AdamW takes them too
     weight_decay: float = 0.1      # of matrices and tables
-    warmup: int = 20               # steps until the full learning rate
+    warmup: int = 15               # steps until the full learning rate
     decay: float = 0.6             # share of the run, at its end, over which the learning rate falls
     final_lr: float = 0.1          # learning rate at the end, as a share of the full one
     clip: float = 1.0              # largest norm of the whole gradient
@@ -44,13 +44,13 @@ class Recipe:
     mtp_final: float = 0.1         # and from then on
     balance_weight: float = 1e-4   # weight of the sequence-wise balance loss (V4 section 4.2.2)
     bias_speed: float = 1e-3       # step of the router's bias (V4 section 4.2.2)
-    evals: int = 4                 # measurements of the held-out loss, evenly over the run
+    evals: int = 3                 # measurements of the held-out loss, evenly over the run
 
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
             if v is not None and v<(1 if f.name in ('steps','batch_size','accum','context','evals') else 0):
-                raise ValueError(f'{f.name}={v}: a recipe needs a {"positive number" if isinstance(v, int) else "number that is not negative"} here')
+                raise ValueError(f'{f.name}={v}: a recipe needs {"at least 1" if isinstance(v, int) else "a number that is not negative"} here')
 
 RECIPES = dict(   # preset -> recipe
     tiny=Recipe(),
@@ -120,14 +120,15 @@ def train_steps(
         batches = [{k: v.to(device) for k,v in batch_at(rows, i, recipe.batch_size, seed).items()} for i in micro]
         yield dict(step=step, **train_step(whale, opts, batches, recipe, step))
 
-# %% ../nbs/15_train.ipynb #a415f627
+# %% ../nbs/15_train.ipynb #0b44b70a
 def trainer_state(
     whale:Whale,   # the model
     opts:list,     # its optimizers
 ) -> dict[str, Tensor]:
     "Every tensor an optimizer keeps, under `optimizer.parameter.key`"
     names = {id(p): n for n,p in whale.named_parameters()}
-    return {f'{i}.{names[id(p)]}.{k}': torch.as_tensor(v) for i,opt in enumerate(opts) for p,s in opt.state.items() for k,v in s.items()}
+    states = [(f'{i}.{names[id(p)]}', s) for i,opt in enumerate(opts) for p,s in opt.state.items()]
+    return {f'{name}.{k}': torch.as_tensor(v) for name,s in states for k,v in s.items()}
 
 def load_trainer_state(
     whale:Whale,                # the model
@@ -141,7 +142,7 @@ def load_trainer_state(
         param,key = rest.rsplit('.', 1)
         opts[int(i)].state[params[param]][key] = v.to(params[param].device if v.ndim else 'cpu')
 
-# %% ../nbs/15_train.ipynb #b47c367f
+# %% ../nbs/15_train.ipynb #160a22d7
 def save_run(
     out:Path,           # checkpoint folder
     whale:Whale,        # the model
@@ -153,7 +154,8 @@ def save_run(
     "Write the checkpoint folder: native `deepseek_v4` weights, tokenizer, model card, and `trainer/` to go on from"
     whale.save_pretrained(out)
     tok.save_pretrained(out)
-    write_json(out/'generation_config.json', dict(bos_token_id=whale.cfg.bos_token_id, eos_token_id=whale.cfg.eos_token_id, do_sample=True, temperature=0.7, top_k=40))
+    marks = dict(bos_token_id=whale.cfg.bos_token_id, eos_token_id=whale.cfg.eos_token_id)
+    write_json(out/'generation_config.json', dict(**marks, do_sample=True, temperature=0.7, top_k=40))
     (out/'trainer').mkdir(exist_ok=True)
     with atomic(out/'trainer'/'optimizer.safetensors') as path: save_file(trainer_state(whale, opts), path)
     write_json(out/'trainer'/'state.json', state)
@@ -193,7 +195,7 @@ It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained("{state
 The recipe: `{json.dumps(state["recipe"])}`
 '''
 
-# %% ../nbs/15_train.ipynb #8847069d
+# %% ../nbs/15_train.ipynb #a4e66c9f
 def plot_losses(
     metrics:list[dict],        # one a step
     path:str|Path|None=None,   # where to save the picture; None: return the figure
@@ -201,23 +203,23 @@ def plot_losses(
     "Main, MTP and held-out loss over the steps"
     from nanowhale.figures import COLORS, figure, plt
     fig,ax = figure(width=6, height=3.5)
-    for key,name in dict(loss='main', mtp_loss='mtp').items():
-        if key in metrics[0]: ax.plot([m['step'] for m in metrics], [m[key] for m in metrics], color=COLORS[name], lw=1, label=dict(main='next token', mtp='the one after (MTP)')[name])
-    held = [(m['step'], m['held_out_loss']) for m in metrics if 'held_out_loss' in m]
-    if held: ax.plot(*zip(*held), 'o-', color=COLORS['held_out'], label='held-out text')
+    curves = dict(loss=('main', 'next token'), mtp_loss=('mtp', 'the one after (MTP)'), held_out_loss=('held_out', 'held-out text'))
+    for key,(color,label) in curves.items():
+        xy = [(m['step'], m[key]) for m in metrics if key in m]
+        if xy: ax.plot(*zip(*xy), 'o-' if key=='held_out_loss' else '-', color=COLORS[color], lw=1, label=label)
     ax.set(xlabel='step', ylabel='nats per token'); ax.legend()
     if path is None: return fig
     fig.savefig(path); plt.close(fig)
 
-# %% ../nbs/15_train.ipynb #0a47b250
-def claim_folder(
+# %% ../nbs/15_train.ipynb #00e33610
+def free_folder(
     out:str|Path,   # where a run is to be saved
 ) -> Path:
-    "Make the folder; one that already holds something is never overwritten"
+    "That folder's path; one that already holds something is never overwritten"
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(f'{out} already holds {"a run" if (out/"config.json").exists() else "files"}: choose another folder with --out, or remove it')
-    out.mkdir(parents=True, exist_ok=True)
+        held = 'a run' if (out/'config.json').exists() else 'files'
+        raise FileExistsError(f'{out} already holds {held}: choose another folder with --out, or remove it')
     return out
 
 def pick_device(
@@ -230,7 +232,7 @@ def pick_device(
         return device
     except Exception: raise ValueError(f'device "{name}" cannot be used here: try cpu{", cuda" if torch.cuda.is_available() else ""}') from None
 
-# %% ../nbs/15_train.ipynb #46aaea08
+# %% ../nbs/15_train.ipynb #bd50bfde
 def up_to(
     texts,        # documents
     chars:int,    # enough of them
@@ -257,7 +259,8 @@ def prepare(
     held = up_to(held, 200_000)
     if tokenizer is None: tokenizer = None if vocab_size<100_000 else 'deepseek-ai/DeepSeek-V4-Pro'
     tok = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(train, vocab_size)
-    if len(tok)>vocab_size: raise ValueError(f'the tokenizer has {len(tok):,} tokens, the preset a vocabulary of {vocab_size:,}: choose another preset or tokenizer')
+    if len(tok)>vocab_size:
+        raise ValueError(f'the tokenizer has {len(tok):,} tokens, the preset a vocabulary of {vocab_size:,}: choose another preset or tokenizer')
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
     rows = [pack(encode(tok, t), recipe.context, pad) for t in (train, held)]
     return tok, *rows, held
@@ -276,7 +279,7 @@ def noting_ctrl_c():  # yields a list that holds something once Ctrl-C was press
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/15_train.ipynb #06e277d7
+# %% ../nbs/15_train.ipynb #36f7f902
 def train(
     preset:str='tiny',       # size of the model: tiny, nanowhale_100m
     data:str=None,           # .txt, .jsonl or .parquet file, folder, or Hub dataset; none: the English that ships with Python
@@ -293,7 +296,7 @@ def train(
     "Train a whale, measure it on text it has not seen, and save a folder that transformers can load"
     from tqdm.auto import tqdm
     began,device = time.perf_counter(),pick_device(device)
-    out = Path(out) if resume else claim_folder(out)
+    out = Path(out) if resume else free_folder(out)
     state = read_state(out) if resume else new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field)
     recipe = Recipe(**state['recipe'])
     say = tqdm.write
@@ -301,10 +304,11 @@ def train(
     cfg = get_preset(state['preset'])
     tok,rows,held_rows,held = prepare(state['data'], state['field'], state['tokenizer'], cfg.vocab_size, recipe)
     torch.manual_seed(state['seed'])
-    whale = (Whale.from_pretrained(out) if resume else Whale(replace(cfg, vocab_size=max(cfg.vocab_size, len(tok))))).to(device)
+    whale = (Whale.from_pretrained(out) if resume else Whale(cfg)).to(device)
     opts = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
     if resume: load_trainer_state(whale, opts, read_file(out/'trainer'/'optimizer.safetensors'))
     say(f'{whale.n_params():,} parameters, {rows["input_ids"].numel():,} tokens to train on, {held_rows["input_ids"].numel():,} held out')
+    out.mkdir(parents=True, exist_ok=True)
     metrics = run_steps(whale, opts, rows, held_rows, recipe, state, out/'metrics.jsonl', say)
     state['step'] += len(metrics)
     results = measure(whale, tok, held_rows, held, recipe, metrics, time.perf_counter()-began)
@@ -314,13 +318,14 @@ def train(
     say(f'saved in {out}/: try `nanowhale generate "The assert statement"{"" if str(out)=="whale" else f" --model {out}"}`')
     return results
 
-# %% ../nbs/15_train.ipynb #3147c899
+# %% ../nbs/15_train.ipynb #b7f68382
 def new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field) -> dict:
     "Everything a run is determined by; `train` explains each"
     get_preset(preset)   # an unknown one ends here
     changes = {k: v for k,v in dict(steps=steps, batch_size=batch_size, lr=lr).items() if v is not None}
     recipe = replace(RECIPES[preset], **changes)
-    return dict(preset=preset, data=data, out=str(out), seed=seed, tokenizer=tokenizer, field=field, step=0, recipe=asdict(recipe), version=__version__)
+    return dict(preset=preset, data=data, out=str(out), seed=seed, tokenizer=tokenizer, field=field, step=0,
+        recipe=asdict(recipe), version=__version__)
 
 def read_state(
     out:Path,   # checkpoint folder
@@ -328,7 +333,8 @@ def read_state(
     "The state of a saved run"
     if not (out/'trainer'/'state.json').exists(): raise FileNotFoundError(f'{out} holds no run to go on with (no trainer/state.json)')
     state = read_json(out/'trainer'/'state.json')
-    if state['step']>=state['recipe']['steps']: raise ValueError(f'{out} has done all its {state["step"]} steps: nothing to go on with')
+    if state['step']>=state['recipe']['steps']:
+        raise ValueError(f'{out} has done all its {state["step"]} steps: nothing to go on with')
     return state
 
 def read_metrics(
@@ -359,6 +365,12 @@ def run_steps(whale, opts, rows, held_rows, recipe:Recipe, state:dict, log:Path,
                 break
     return metrics
 
+def hardware(
+    device:torch.device,   # where the model lives
+) -> str:
+    "What a figure was measured on"
+    return torch.cuda.get_device_name(device) if device.type=='cuda' else f'{torch.get_num_threads()} threads of {platform.machine()}'
+
 def measure(whale, tok, held_rows, held:list[str], recipe:Recipe, metrics:list[dict], seconds:float) -> dict:
     "The figures of a run: held-out loss, bits per byte beside xz's, speed, and a sample"
     data = '\n\n'.join(held).encode()
@@ -375,6 +387,6 @@ def measure(whale, tok, held_rows, held:list[str], recipe:Recipe, metrics:list[d
         'training tokens seen': sum(recipe.accum*recipe.batch_size*recipe.context for _ in metrics),
         'tokens per second': metrics[-1]['tokens_per_second'] if metrics else 0,
         'minutes, from start to sample': round(seconds/60, 2),
-        'hardware': f'{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}' if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        'hardware': f'{hardware(ids.device)}, torch {torch.__version__}',
         'sample': ' '.join(repr(tok.decode(sample, skip_special_tokens=True))[1:-1].split()),
     }

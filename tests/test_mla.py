@@ -168,8 +168,10 @@ BUGS = {   # name -> (where, attribute, the wrong thing)
     'output turned on':          (Attention, 'output', lambda self,o,c,s: self.o_b_proj(self.o_a_proj(ok_rotate(o, c, s).flatten(-2)))),
     'key normed after rotation': (Attention, 'latent', lambda self,x,c,s: self.kv_norm(ok_rotate(self.kv_proj(x)[:,:,None], c, s))[:,:,0]),
     'query not normed':          (Attention, 'query', lambda self,x,c,s: ok_rotate(query(self, x), c, s)),
-    'query normed over heads':   (Attention, 'query', lambda self,x,c,s: ok_rotate(rms_norm(query(self, x).flatten(-2), self.eps).unflatten(-1, (-1, self.head_dim)), c, s)),
-    'heads grouped in stripes':  (GroupedLinear, 'forward', lambda self,x: torch.einsum('...ig,goi->...go', x.unflatten(-1, (-1, self.groups)), self.weight.unflatten(0, (self.groups, -1))).flatten(-2)),
+    'query normed over heads':   (Attention, 'query', lambda self,x,c,s:
+        ok_rotate(rms_norm(query(self, x).flatten(-2), self.eps).unflatten(-1, (-1, self.head_dim)), c, s)),
+    'heads grouped in stripes':  (GroupedLinear, 'forward', lambda self,x:
+        torch.einsum('...ig,goi->...go', x.unflatten(-1, (-1, self.groups)), self.weight.unflatten(0, (self.groups, -1))).flatten(-2)),
 }
 
 def bug_case():

@@ -87,6 +87,11 @@ def test_links_between_notebooks_live(nb):
     dead = [u for u in re.findall(r'\]\(([^)\s#]+)[^)]*\)', text) if '://' not in u and not u.startswith('mailto:') and not (nb.parent/u).exists()]
     assert not dead, f'{nb.name} links to {dead}'
 
+def test_notebooks_leave_nothing_behind():
+    "After nbdev_test, which runs them in nbs/: what a notebook writes belongs in a temporary folder"
+    left = sorted(p.name for p in (ROOT/'nbs').iterdir() if p.suffix!='.ipynb' and p.name not in ('images', '.ipynb_checkpoints', '.last_checked'))
+    assert not left, f'nbs/ holds {left}'
+
 # ---------------------------------------------------------------- README and .ci/run
 
 def test_readme_regenerates_unchanged(): assert notebooks.write_readme(check=True)==0

@@ -5,7 +5,6 @@ import pytest, torch
 from torch.testing import assert_close
 import nanowhale.train as T
 from nanowhale.config import tiny
-from nanowhale.data import load_tokenizer
 from nanowhale.evaluate import evaluate
 from nanowhale.model import Whale
 
