@@ -21,7 +21,7 @@ from .block import Block
 from .mtp import MTPBlock, shift_labels, next_embeddings, cross_entropy
 from .weights import atomic, check_keys, n_mtp, read_config, read_weights, translate, write_weights
 
-# %% ../nbs/09_model.ipynb #b4b6bbfc
+# %% ../nbs/09_model.ipynb #52d6dd8c
 class Trunk(nn.Module):
     "Embedding, L blocks on N streams, learned collapse and final norm; named as transformers' `DeepseekV4Model`"
     def __init__(self,
@@ -38,7 +38,7 @@ class Trunk(nn.Module):
         mask:Tensor,   # [B or 1,T,S] True where a query sees a key
         caches:list,   # one `KVCache` per layer, or None each
     ) -> tuple:        # [B,T,N,D] streams after the last block, and one `Routing` per layer
-        X,routings = e[:,:,None].expand(-1,-1,self.n_streams,-1),[]
+        X,routings = e[:,:,None].repeat(1, 1, self.n_streams, 1),[]
         for layer,cache in zip(self.layers, caches):
             X,routing = layer(X, rope, mask, cache)
             routings.append(routing)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'n_targets', 'add_gradients', 'train_step', 'train_steps', 'trainer_state', 'load_trainer_state',
-           'save_run', 'write_json', 'model_card', 'plot_losses', 'free_folder', 'pick_device', 'up_to', 'prepare',
-           'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps', 'hardware', 'measure']
+           'save_run', 'write_json', 'model_card', 'plot_losses', 'free_folder', 'pick_device', 'keep_freed_memory',
+           'up_to', 'prepare', 'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps',
+           'hardware', 'measure']
 
-# %% ../nbs/15_train.ipynb #61783f58
-import json, math, platform, signal, threading, time
+# %% ../nbs/15_train.ipynb #29b0ec5b
+import ctypes, json, math, platform, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -142,7 +143,7 @@ def load_trainer_state(
         param,key = rest.rsplit('.', 1)
         opts[int(i)].state[params[param]][key] = v.to(params[param].device if v.ndim else 'cpu')
 
-# %% ../nbs/15_train.ipynb #160a22d7
+# %% ../nbs/15_train.ipynb #93b464d4
 def save_run(
     out:Path,           # checkpoint folder
     whale:Whale,        # the model
@@ -158,7 +159,7 @@ def save_run(
     write_json(out/'generation_config.json', dict(**marks, do_sample=True, temperature=0.7, top_k=40))
     (out/'trainer').mkdir(exist_ok=True)
     with atomic(out/'trainer'/'optimizer.safetensors') as path: save_file(trainer_state(whale, opts), path)
-    write_json(out/'trainer'/'state.json', state)
+    write_json(out/'trainer'/'state.json', dict(**state, results=results))
     (out/'README.md').write_text(model_card(whale, state, results))
 
 def write_json(
@@ -232,6 +233,12 @@ def pick_device(
         return device
     except Exception: raise ValueError(f'device "{name}" cannot be used here: try cpu{", cuda" if torch.cuda.is_available() else ""}') from None
 
+# %% ../nbs/15_train.ipynb #2ee9f20c
+def keep_freed_memory():
+    "Let glibc keep large freed blocks for the next step instead of returning them to the system; elsewhere, nothing"
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform=='linux' else None
+    for option in (-1, -3): mallopt and mallopt(option, 2**30)   # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+
 # %% ../nbs/15_train.ipynb #bd50bfde
 def up_to(
     texts,        # documents
@@ -279,7 +286,7 @@ def noting_ctrl_c():  # yields a list that holds something once Ctrl-C was press
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/15_train.ipynb #36f7f902
+# %% ../nbs/15_train.ipynb #107ba573
 def train(
     preset:str='tiny',       # size of the model: tiny, nanowhale_100m
     data:str=None,           # .txt, .jsonl or .parquet file, folder, or Hub dataset; none: the English that ships with Python
@@ -295,6 +302,7 @@ def train(
 ) -> dict:                   # the run's figures
     "Train a whale, measure it on text it has not seen, and save a folder that transformers can load"
     from tqdm.auto import tqdm
+    keep_freed_memory()
     began,device = time.perf_counter(),pick_device(device)
     out = Path(out) if resume else free_folder(out)
     state = read_state(out) if resume else new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field)
@@ -318,7 +326,7 @@ def train(
     say(f'saved in {out}/: try `nanowhale generate "The assert statement"{"" if str(out)=="whale" else f" --model {out}"}`')
     return results
 
-# %% ../nbs/15_train.ipynb #b7f68382
+# %% ../nbs/15_train.ipynb #2a31132a
 def new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field) -> dict:
     "Everything a run is determined by; `train` explains each"
     get_preset(preset)   # an unknown one ends here
@@ -332,7 +340,7 @@ def read_state(
 ) -> dict:
     "The state of a saved run"
     if not (out/'trainer'/'state.json').exists(): raise FileNotFoundError(f'{out} holds no run to go on with (no trainer/state.json)')
-    state = read_json(out/'trainer'/'state.json')
+    state = {k: v for k,v in read_json(out/'trainer'/'state.json').items() if k!='results'}
     if state['step']>=state['recipe']['steps']:
         raise ValueError(f'{out} has done all its {state["step"]} steps: nothing to go on with')
     return state
