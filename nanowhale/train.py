@@ -196,7 +196,7 @@ It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained("{state
 The recipe: `{json.dumps(state["recipe"])}`
 '''
 
-# %% ../nbs/15_train.ipynb #a4e66c9f
+# %% ../nbs/15_train.ipynb #61bb5d83
 def plot_losses(
     metrics:list[dict],        # one a step
     path:str|Path|None=None,   # where to save the picture; None: return the figure
@@ -208,7 +208,8 @@ def plot_losses(
     for key,(color,label) in curves.items():
         xy = [(m['step'], m[key]) for m in metrics if key in m]
         if xy: ax.plot(*zip(*xy), 'o-' if key=='held_out_loss' else '-', color=COLORS[color], lw=1, label=label)
-    ax.set(xlabel='step', ylabel='nats per token'); ax.legend()
+    ax.set(xlabel='step', ylabel='nats per token')
+    if metrics: ax.legend()
     if path is None: return fig
     fig.savefig(path); plt.close(fig)
 
@@ -286,7 +287,7 @@ def noting_ctrl_c():  # yields a list that holds something once Ctrl-C was press
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/15_train.ipynb #107ba573
+# %% ../nbs/15_train.ipynb #888eba29
 def train(
     preset:str='tiny',       # size of the model: tiny, nanowhale_100m
     data:str=None,           # .txt, .jsonl or .parquet file, folder, or Hub dataset; none: the English that ships with Python
@@ -321,12 +322,14 @@ def train(
     state['step'] += len(metrics)
     results = measure(whale, tok, held_rows, held, recipe, metrics, time.perf_counter()-began)
     save_run(out, whale, tok, opts, state, results)
-    plot_losses(read_metrics(out/'metrics.jsonl') or metrics, out/'loss.png')
+    history = read_metrics(out/'metrics.jsonl')
+    if history: history[-1]['held_out_loss'] = results['held-out loss, nats per token']
+    plot_losses(history, out/'loss.png')
     for k,v in results.items(): say(f'{k}: {v}')
     say(f'saved in {out}/: try `nanowhale generate "The assert statement"{"" if str(out)=="whale" else f" --model {out}"}`')
     return results
 
-# %% ../nbs/15_train.ipynb #2a31132a
+# %% ../nbs/15_train.ipynb #059a5816
 def new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field) -> dict:
     "Everything a run is determined by; `train` explains each"
     get_preset(preset)   # an unknown one ends here
@@ -383,7 +386,6 @@ def measure(whale, tok, held_rows, held:list[str], recipe:Recipe, metrics:list[d
     "The figures of a run: held-out loss, bits per byte beside xz's, speed, and a sample"
     data = '\n\n'.join(held).encode()
     scores = evaluate(whale, held_rows, n_bytes=sum(len(t.encode()) for t in held))
-    if metrics: metrics[-1]['held_out_loss'] = scores['loss']
     prompt = tok.encode(held[0], add_special_tokens=False)[:8]
     ids = torch.tensor([[tok.bos_token_id, *prompt]], device=next(whale.parameters()).device)
     sample = generate(whale, ids, max_new_tokens=80, temperature=0.7, top_k=40, seed=0)[0]
