@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'n_targets', 'add_gradients', 'train_step', 'train_steps', 'trainer_state', 'load_trainer_state',
            'save_run', 'write_json', 'model_card', 'plot_losses', 'free_folder', 'pick_device', 'keep_freed_memory',
-           'up_to', 'prepare', 'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'run_steps',
-           'hardware', 'measure']
+           'up_to', 'prepare', 'noting_ctrl_c', 'train', 'new_state', 'read_state', 'read_metrics', 'eval_batch',
+           'run_steps', 'hardware', 'measure']
 
 # %% ../nbs/15_train.ipynb #29b0ec5b
 import ctypes, json, math, platform, signal, sys, threading, time
@@ -329,7 +329,7 @@ def train(
     say(f'saved in {out}/: try `nanowhale generate "The assert statement"{"" if str(out)=="whale" else f" --model {out}"}`')
     return results
 
-# %% ../nbs/15_train.ipynb #059a5816
+# %% ../nbs/15_train.ipynb #da72937d
 def new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field) -> dict:
     "Everything a run is determined by; `train` explains each"
     get_preset(preset)   # an unknown one ends here
@@ -354,6 +354,13 @@ def read_metrics(
     "The metrics of each step so far"
     return [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
 
+def eval_batch(
+    vocab_size:int,   # V
+    context:int,      # T
+) -> int:
+    "How many rows to evaluate at a time: at most 16, and at most a gigabyte of logits"
+    return min(16, max(1, 2**28//(vocab_size*context)))
+
 def run_steps(whale, opts, rows, held_rows, recipe:Recipe, state:dict, log:Path, say) -> list[dict]:
     "The loop with its progress bar; each step's metrics go to `log` at once"
     from tqdm.auto import tqdm
@@ -366,7 +373,7 @@ def run_steps(whale, opts, rows, held_rows, recipe:Recipe, state:dict, log:Path,
             m['tokens_per_second'] = round(tokens/(time.perf_counter()-clock))
             if m['step'] in due:
                 paused = time.perf_counter()
-                m['held_out_loss'] = evaluate(whale, held_rows)['loss']
+                m['held_out_loss'] = evaluate(whale, held_rows, batch_size=eval_batch(whale.cfg.vocab_size, recipe.context))['loss']
                 clock += time.perf_counter()-paused
             f.write(json.dumps(m)+'\n'); f.flush()
             metrics.append(m)
@@ -385,7 +392,7 @@ def hardware(
 def measure(whale, tok, held_rows, held:list[str], recipe:Recipe, metrics:list[dict], seconds:float) -> dict:
     "The figures of a run: held-out loss, bits per byte beside xz's, speed, and a sample"
     data = '\n\n'.join(held).encode()
-    scores = evaluate(whale, held_rows, n_bytes=sum(len(t.encode()) for t in held))
+    scores = evaluate(whale, held_rows, sum(len(t.encode()) for t in held), eval_batch(whale.cfg.vocab_size, recipe.context))
     prompt = tok.encode(held[0], add_special_tokens=False)[:8]
     ids = torch.tensor([[tok.bos_token_id, *prompt]], device=next(whale.parameters()).device)
     sample = generate(whale, ids, max_new_tokens=80, temperature=0.7, top_k=40, seed=0)[0]

@@ -1,4 +1,5 @@
 """Muon against an exact decomposition and against torch's own; groups and schedules"""
+import copy
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
@@ -52,7 +53,7 @@ def test_state_dict_round_trip():
     torch.manual_seed(0)
     p,q = nn.Parameter(torch.ones(2, 3)),nn.Parameter(torch.ones(2, 3))
     a = Muon([p]); p.grad = torch.randn(2, 3); a.step()
-    q.data.copy_(p); b = Muon([q]); b.load_state_dict(a.state_dict())
+    q.data.copy_(p); b = Muon([q]); b.load_state_dict(copy.deepcopy(a.state_dict()))
     p.grad = torch.randn(2, 3); q.grad = p.grad.clone(); a.step(); b.step()
     assert torch.equal(p, q)
 
