@@ -240,7 +240,7 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform=='linux' else None
     for option in (-1, -3): mallopt and mallopt(option, 2**30)   # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 
-# %% ../nbs/15_train.ipynb #bd50bfde
+# %% ../nbs/15_train.ipynb #4a57ed55
 def up_to(
     texts,        # documents
     chars:int,    # enough of them
@@ -265,7 +265,7 @@ def prepare(
     if not texts: raise ValueError(f'{data} holds no text')
     train,held = split_held_out(texts)
     held = up_to(held, 200_000)
-    if tokenizer is None: tokenizer = None if vocab_size<100_000 else 'deepseek-ai/DeepSeek-V4-Pro'
+    if tokenizer is None and vocab_size>=100_000: tokenizer = 'deepseek-ai/DeepSeek-V4-Pro'
     tok = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(train, vocab_size)
     if len(tok)>vocab_size:
         raise ValueError(f'the tokenizer has {len(tok):,} tokens, the preset a vocabulary of {vocab_size:,}: choose another preset or tokenizer')
@@ -287,7 +287,7 @@ def noting_ctrl_c():  # yields a list that holds something once Ctrl-C was press
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/15_train.ipynb #888eba29
+# %% ../nbs/15_train.ipynb #cd253fc8
 def train(
     preset:str='tiny',       # size of the model: tiny, nanowhale_100m
     data:str=None,           # .txt, .jsonl or .parquet file, folder, or Hub dataset; none: the English that ships with Python
@@ -311,7 +311,7 @@ def train(
     say = tqdm.write
     say(f'reading {state["data"] or "the English that ships with Python"} ...')
     cfg = get_preset(state['preset'])
-    tok,rows,held_rows,held = prepare(state['data'], state['field'], state['tokenizer'], cfg.vocab_size, recipe)
+    tok,rows,held_rows,held = prepare(state['data'], state['field'], str(out) if resume else state['tokenizer'], cfg.vocab_size, recipe)
     torch.manual_seed(state['seed'])
     whale = (Whale.from_pretrained(out) if resume else Whale(cfg)).to(device)
     opts = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
@@ -329,7 +329,7 @@ def train(
     say(f'saved in {out}/: try `nanowhale generate "The assert statement"{"" if str(out)=="whale" else f" --model {out}"}`')
     return results
 
-# %% ../nbs/15_train.ipynb #da72937d
+# %% ../nbs/15_train.ipynb #0cdf76e1
 def new_state(preset, data, out, steps, seed, batch_size, lr, tokenizer, field) -> dict:
     "Everything a run is determined by; `train` explains each"
     get_preset(preset)   # an unknown one ends here
@@ -403,7 +403,7 @@ def measure(whale, tok, held_rows, held:list[str], recipe:Recipe, metrics:list[d
         'held-out bytes': len(data),
         'training tokens seen': sum(recipe.accum*recipe.batch_size*recipe.context for _ in metrics),
         'tokens per second': metrics[-1]['tokens_per_second'] if metrics else 0,
-        'minutes, from start to sample': round(seconds/60, 2),
+        'minutes, from start to the last step': round(seconds/60, 2),
         'hardware': f'{hardware(ids.device)}, torch {torch.__version__}',
         'sample': ' '.join(repr(tok.decode(sample, skip_special_tokens=True))[1:-1].split()),
     }
