@@ -74,7 +74,7 @@ def project(
         mean_square = torch.linalg.vecdot(x, x)/x.shape[-1]
         return F.linear(x, upcast(fn))*(mean_square+eps).rsqrt()[...,None]
 
-# %% ../nbs/05_hyper.ipynb #f9d34049
+# %% ../nbs/05_hyper.ipynb #c1634b27
 class HyperConnection(nn.Module):
     "How one sublayer reads, writes and mixes the streams, decided per token (mHC paper, eqs. 6-9; V4 paper, eqs. 1-8)"
     def __init__(self,
@@ -85,14 +85,18 @@ class HyperConnection(nn.Module):
         self.sizes,self.iters,self.eps,self.norm_eps = (N,N,N*N),cfg.hc_sinkhorn_iters,cfg.hc_eps,cfg.rms_norm_eps
         self.fn = nn.Parameter(torch.randn(sum(self.sizes), N*D)*cfg.initializer_range)
         self.base,self.scale = nn.Parameter(torch.zeros(sum(self.sizes))),nn.Parameter(torch.ones(3))
+    def logits(self,
+        X:Tensor, # [B,T,N,D] streams
+    )->list:      # pre [B,T,N], post [B,T,N], comb [B,T,N,N], free numbers
+        "What the token's streams ask for, before it is bounded"
+        m,base = project(X, self.fn, self.norm_eps).split(self.sizes, -1),upcast(self.base).split(self.sizes)
+        pre,post,comb = (a*z+b for a,z,b in zip(upcast(self.scale), m, base))
+        return pre, post, comb.unflatten(-1, (X.shape[-2],-1))
     def forward(self,
         X:Tensor, # [B,T,N,D] streams
     )->tuple:     # pre [B,T,N], post [B,T,N], comb [B,T,N,N], for `collapse` and `mix`
-        N = X.shape[-2]
-        m = project(X, self.fn, self.norm_eps).split(self.sizes, -1)
-        base = upcast(self.base).split(self.sizes)
-        pre,post,comb = (a*z+b for a,z,b in zip(upcast(self.scale), m, base))
-        return pre.sigmoid()+self.eps, 2*post.sigmoid(), sinkhorn(comb.unflatten(-1, (N,N)), self.iters, self.eps)
+        pre,post,comb = self.logits(X)
+        return pre.sigmoid()+self.eps, 2*post.sigmoid(), sinkhorn(comb, self.iters, self.eps)
 
 # %% ../nbs/05_hyper.ipynb #84746c98
 class HyperHead(nn.Module):
