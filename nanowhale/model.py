@@ -181,8 +181,8 @@ class WhaleOutput:
     expert_load: Tensor|None = None   # [blocks,E] tokens that went to each expert; the MTP block comes last, if it ran
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
-# %% ../nbs/09_model.ipynb #d0062a92
-FLOAT32 = re.compile(r'norm|_hc\.|hc_head|\.sinks$|mlp\.gate\.')   # parameters and buffers that half precision leaves alone
+# %% ../nbs/09_model.ipynb #e6d383c4
+FLOAT32 = re.compile(r'_hc\.|hc_head|sinks|e_score_correction_bias')   # what half precision leaves alone; the same in transformers
 
 class Whale(Portable, nn.Module):
     "DeepSeek-V4 in small, under the state-dict keys of transformers' `DeepseekV4ForCausalLM` plus `mtp.0.*`"
