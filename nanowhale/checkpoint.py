@@ -18,7 +18,7 @@ from .data import first_line
 from .model import Whale
 from .optim import spread_as, whole
 from .parallel import rank
-from .weights import atomic, read_file, read_json
+from .weights import atomic, read_json
 
 # %% ../nbs/15_checkpoint.ipynb #879beaeb
 def trainer_state(

@@ -7,8 +7,6 @@ __all__ = ['WAITS', 'Documents', 'Blocks', 'as_is', 'Stream', 'held_out_texts']
 
 # %% ../nbs/10_stream.ipynb #30d2c79d
 import os, time
-from collections.abc import Iterator
-from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor

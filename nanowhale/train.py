@@ -83,8 +83,8 @@ class HeldOut:
         self.n_bytes,self.batch_size = sum(len(t.encode()) for t in texts),eval_batch(vocab_size, recipe.context)
     def scores(self, whale): return evaluate(whale, self.rows, self.n_bytes, self.batch_size)
 
-# %% ../nbs/15_train.ipynb #26857041
-PEAKS = {'H100':989e12, 'H200':989e12, 'H800':989e12, 'A100':312e12, 'L40S':362e12, 'L4':121e12, '4090':165e12, '3090':71e12, 'T4':65e12}   # dense 16-bit FLOP/s
+# %% ../nbs/15_train.ipynb #e0dfe91e
+PEAKS = {'H100':989e12, 'H200':989e12, 'H800':989e12, 'A100':312e12, 'L40S':362e12, 'L4':121e12, '4090':165e12, '3090':71e12, 'T4':65e12}   # 16-bit, dense
 
 def peak_flops(
     name:str,   # of a GPU, as torch gives it
@@ -193,7 +193,7 @@ def open_board(
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
     return SummaryWriter(folder)
 
-# %% ../nbs/15_train.ipynb #406aaaf8
+# %% ../nbs/15_train.ipynb #7e82f42e
 class Run:
     "A run under way: model, optimizers, stream, and its state as JSON can hold it"
     def __init__(self, out, spec, last, device, tensorboard=False):
@@ -265,7 +265,7 @@ class Run:
                 if self.state['step'] in due or stop: self.save()
                 if stop and self.state['step']<recipe.steps:
                     signum = noted[0] if noted else 15
-                    raise Stopped(f'stopped after step {self.state["step"]}, saved in {self.out}; go on with: nanowhale train --resume --out {self.out}', signum)
+                    raise Stopped(f'stopped after step {self.state["step"]} and saved; go on with: nanowhale train --resume --out {self.out}', signum)
 
 # %% ../nbs/15_train.ipynb #7af24496
 def measure(
