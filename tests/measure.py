@@ -1,0 +1,129 @@
+"""Runs of minutes to hours whose figures stand in results/, each with its command, seed, commit and hardware.
+
+    python tests/measure.py default                    `nanowhale train` as a new user types it                results/tiny.json
+    python tests/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
+    python tests/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
+    python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
+                                                       the 110M whale: both recipes in bf16, one in fp32     results/full.json
+
+`full` on a GPU is the run to compare recipes at full size: give it as many --steps as the time allows; a run that was cut
+short goes on with --resume. On a CPU three steps show that it works, at what speed and in how much memory.
+"""
+import argparse, json, os, platform, re, subprocess, sys, tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = 'import sys; from nanowhale.cli import main; sys.exit(main())'
+
+def nanowhale(*words, **env):
+    "Run a command of the package in a process of its own; what it prints on standard error passes through"
+    res = subprocess.run([sys.executable, '-c', MAIN, *map(str, words)], check=False, cwd=os.getcwd(), stdout=subprocess.PIPE, text=True,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), **env})
+    if res.returncode: sys.exit(f'nanowhale {" ".join(map(str, words))}: exit code {res.returncode}')
+    return res.stdout
+
+def lines(path): return [json.loads(l) for l in Path(path).read_text().splitlines()]
+
+def record(name, **figures):
+    "Write results/NAME.json"
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, check=False, capture_output=True, text=True).stdout.strip()
+    command = ' '.join(['python tests/measure.py', *(Path(w).name if '/' in w else w for w in sys.argv[1:])])
+    head = dict(command=command, commit=commit, python=platform.python_version())
+    (ROOT/'results'/f'{name}.json').write_text(json.dumps(head|figures, indent=1)+'\n')
+    print(json.dumps({k: v for k,v in figures.items() if k!='runs'}, indent=1))
+
+def summary(out, every=1):
+    "What is kept of a run: its figures and thinned curves"
+    metrics,results = lines(out/'metrics.jsonl'),json.loads((out/'results.json').read_text())
+    held = [[m['step']+1, round(m['held_out_bits_per_byte'], 4), round(m['held_out_loss'], 4)] for m in metrics if 'held_out_loss' in m]
+    thin = [[m['step']+1, round(m['loss'], 3)] for m in metrics[::every]]
+    keep = {k: v for k,v in results.items() if k!='hardware'}
+    return dict(results=keep, held_out=held, loss=thin, skipped=sum(m['skipped'] for m in metrics),
+        load_entropy=round(sum(m['load_entropy'] for m in metrics[-20:])/len(metrics[-20:]), 3), hardware=results['hardware'])
+
+def default(args):
+    "The default run, and what of its held-out text stands in the training text as well"
+    import test_data
+    with tempfile.TemporaryDirectory() as d:
+        out = Path(d)/'whale'
+        nanowhale('train', '--out', out)
+        spec,metrics = json.loads((out/'run.json').read_text()),lines(out/'metrics.jsonl')
+        results = json.loads((out/'results.json').read_text())
+    keep = [m for m in metrics if m['step']%5==0 or 'held_out_loss' in m]
+    metrics = [{k: round(m[k], 4) for k in ('step', 'loss', 'mtp_loss', 'held_out_loss') if k in m} for m in keep]
+    record('tiny', seed=spec['seed'], preset=spec['preset'], recipe=spec['recipe'], results=results, metrics=metrics, overlap=test_data.overlap())
+
+def recipes(args):
+    "Both recipes on the same tokens; after which share of them has `whale` reached the loss at which `card` ends?"
+    runs = []
+    with tempfile.TemporaryDirectory() as d:
+        for seed in range(args.seeds):
+            for name in ('card', 'whale'):
+                out = Path(d)/f'{name}{seed}'
+                nanowhale('train', '--recipe', name, '--seed', seed, '--evals', 15, '--out', out, *(['--steps', args.steps] if args.steps else []))
+                runs.append(dict(recipe=name, seed=seed, **summary(out, 5)))
+    share = []
+    for seed in range(args.seeds):
+        card,whale = (next(r['held_out'] for r in runs if r['recipe']==n and r['seed']==seed) for n in ('card', 'whale'))
+        goal,before = card[-1][1],[0, 99.]
+        for step,bpb,_ in whale:
+            if bpb<=goal: share.append(round((before[0]+(step-before[0])*(before[1]-goal)/(before[1]-bpb))/whale[-1][0], 3)); break
+            before = [step, bpb]
+    record('recipes', share_of_the_tokens=share, runs=runs, hardware=runs[0]['hardware'])
+
+EVERYWHERE = '''
+import re, sys, torch, nanowhale.model as M, nanowhale.train as T
+from nanowhale.cli import main
+M.FLOAT32 = re.compile('^$')                       # nothing stays float32
+was = T.Whale.__init__
+def init(self, cfg): was(self, cfg); self.bfloat16()
+T.Whale.__init__ = init
+sys.exit(main(sys.argv[1:]))
+'''
+
+def precision(args):
+    "The same rows and first weights: all float32; products in bf16; weights, averages, router and mixes in bf16 as well"
+    runs = {}
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/'everywhere.py').write_text(EVERYWHERE)
+        words = ['train', '--steps', args.steps, '--batch-size', 4, '--context', 128, '--evals', 10, '--seed', args.seed]
+        started = {}
+        for name,more in dict(fp32=[], bf16=['--precision', 'bf16'], everywhere=['--precision', 'bf16']).items():
+            start = [str(Path(d)/'everywhere.py')] if name=='everywhere' else ['-c', MAIN]
+            env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+            started[name] = subprocess.Popen([sys.executable, *start, *map(str, words), *more, '--out', f'{d}/{name}'], env=env)
+            if len(started)%2==0: [p.wait() for p in started.values()]
+        for name,p in started.items():
+            p.wait(); out = Path(d)/name
+            runs[name] = summary(out, 20) if (out/'results.json').exists() else dict(failed=True)
+    last = {n: r['held_out'][-1][2] for n,r in runs.items() if 'held_out' in r}
+    record('precision', seed=args.seed, steps=args.steps, held_out_loss=last, difference={n: round(v-last['fp32'], 4) for n,v in last.items()}, runs=runs)
+
+def full(args):
+    "The 110M whale"
+    runs,base = [],Path(args.folder or tempfile.mkdtemp())
+    plans = [('whale', 'bf16'), ('card', 'bf16'), ('whale', 'fp32')]
+    for name,kind in plans[:args.plans]:
+        out = base/f'{name}-{kind}'
+        size = ['--steps', args.steps, '--evals', args.evals, '--batch-size', args.batch_size, '--accum', args.accum]
+        more = ['--resume'] if args.resume and (out/'run.json').exists() else [
+            '--preset', 'nanowhale_100m', '--recipe', name, '--precision', kind, '--data', args.data, '--tokenizer', args.tokenizer, *size]
+        if not (out/'README.md').exists(): nanowhale('train', '--out', out, *(['--device', args.device] if args.device else []), *more)
+        runs.append(dict(recipe=name, precision=kind, batch_size=args.batch_size, accum=args.accum, **summary(out, max(1, args.steps//200))))
+        if args.eval:
+            said = nanowhale('eval', out, '--data', args.eval, '--context', 2048, '--batch-size', 4)
+            runs[-1]['eval'] = dict(text=Path(args.eval).name, **{k: float(v) for k,v in re.findall(r'^(.*): ([\d.]+)$', said, flags=re.M)})
+        record('full', steps=args.steps, runs=runs)
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = p.add_subparsers(required=True)
+    sub.add_parser('default').set_defaults(f=default)
+    a = sub.add_parser('recipes'); a.add_argument('--seeds', type=int, default=3); a.add_argument('--steps', type=int); a.set_defaults(f=recipes)
+    a = sub.add_parser('precision'); a.add_argument('--steps', type=int, default=1000); a.add_argument('--seed', type=int, default=0); a.set_defaults(f=precision)
+    a = sub.add_parser('full'); a.set_defaults(f=full)
+    for name in ('data', 'tokenizer'): a.add_argument(f'--{name}', required=True)
+    for name in ('device', 'eval', 'folder'): a.add_argument(f'--{name}')
+    for name,n in dict(steps=3, evals=1, batch_size=8, accum=4, plans=3).items(): a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
+    a.add_argument('--resume', action='store_true')
+    args = p.parse_args(); args.f(args)
