@@ -193,13 +193,13 @@ def open_board(
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
     return SummaryWriter(folder)
 
-# %% ../nbs/15_train.ipynb #7e82f42e
+# %% ../nbs/15_train.ipynb #cc94e9c8
 class Run:
     "A run under way: model, optimizers, stream, and its state as JSON can hold it"
     def __init__(self, out, spec, last, device, tensorboard=False):
         self.out,self.recipe,self.device = out,Recipe(**spec['recipe']),device
         fresh = dict(step=0, stream=None, skipped=0, seconds=0., waited=0., best=None, places=0, filled=0)
-        self.state = read_json(last/'trainer'/'state.json') if last else fresh
+        self.state,self.measured = read_json(last/'trainer'/'state.json') if last else fresh,(None, None)
         changes = dict(initializer_range=self.recipe.init_std, num_nextn_predict_layers=int(self.recipe.mtp_weight>0))
         self.cfg = get_preset(spec['preset'], **changes)
         texts,one_in = from_first(lambda: held_out_texts(self.recipe.data, self.recipe.field))
@@ -240,6 +240,7 @@ class Run:
     def evaluate(self, m):
         "Measure the held-out text; note the best"
         scores = self.held.scores(self.whale)
+        self.measured = self.state['step'],scores
         m.update(held_out_loss=scores['loss'], held_out_bits_per_byte=scores['bits_per_byte'])
         if self.state['best'] is None or scores['loss']<self.state['best'][1]: self.state['best'] = [self.state['step'], scores['loss']]
 
@@ -267,12 +268,14 @@ class Run:
                     signum = noted[0] if noted else 15
                     raise Stopped(f'stopped after step {self.state["step"]} and saved; go on with: nanowhale train --resume --out {self.out}', signum)
 
-# %% ../nbs/15_train.ipynb #7af24496
+# %% ../nbs/15_train.ipynb #de05f874
 def measure(
     run:Run,   # at its end
 ) -> dict:     # what was measured -> value
     "The figures of a run: held-out loss, bits per byte beside xz's, speed, and a sample"
-    scores,state,data = run.held.scores(run.whale),run.state,'\n\n'.join(run.held.texts).encode()
+    state,data = run.state,'\n\n'.join(run.held.texts).encode()
+    step,scores = run.measured
+    if step!=state['step']: scores = run.held.scores(run.whale)   # a run that was killed between its last step and its end
     prompt = run.tok.encode(run.held.texts[0], add_special_tokens=False)[:8]
     ids = torch.tensor([[run.tok.bos_token_id, *prompt]], device=run.device)
     sample = generate(run.whale, ids, max_new_tokens=80, temperature=0.7, top_k=40, seed=0)[0]
