@@ -75,7 +75,7 @@ def write_json(
     "Write a JSON file in one stroke: never half of it"
     with atomic(path) as temp: temp.write_text(json.dumps(value, indent=2)+'\n')
 
-# %% ../nbs/15_checkpoint.ipynb #4b624cc2
+# %% ../nbs/15_checkpoint.ipynb #b1c01d09
 def checkpoints(
     out:Path,   # a run's folder
 ) -> list[Path]:
@@ -103,16 +103,18 @@ def save_checkpoint(
     "Save everything at this step; in every process, of which the first one writes"
     folder = out/'checkpoints'/f'step-{state["step"]:08}'
     weights,trainer = {k: whole(v) for k,v in whale.state_dict().items()},trainer_state(whale, opts)
-    if rank() or folder.exists(): return folder
+    if rank(): return folder
+    def fill(f):
+        Whale.from_state_dict(whale.cfg, weights).save_pretrained(f)
+        tok.save_pretrained(f)
+        write_json(f/'generation_config.json', dict(bos_token_id=whale.cfg.bos_token_id, eos_token_id=whale.cfg.eos_token_id,
+            do_sample=True, temperature=0.7, top_k=40))
+        (f/'trainer').mkdir()
+        save_file(trainer, f/'trainer'/'optimizer.safetensors')
+        write_json(f/'trainer'/'state.json', state)
     try:
-        with atomic_folder(folder) as f:
-            Whale.from_state_dict(whale.cfg, weights).save_pretrained(f)
-            tok.save_pretrained(f)
-            write_json(f/'generation_config.json', dict(bos_token_id=whale.cfg.bos_token_id, eos_token_id=whale.cfg.eos_token_id,
-                do_sample=True, temperature=0.7, top_k=40))
-            (f/'trainer').mkdir()
-            save_file(trainer, f/'trainer'/'optimizer.safetensors')
-            write_json(f/'trainer'/'state.json', state)
+        if not folder.exists():
+            with atomic_folder(folder) as f: fill(f)
         for f in folder.iterdir():
             if f.is_file(): link(f, out/f.name)
     except (OSError, SafetensorError) as e:

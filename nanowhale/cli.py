@@ -77,7 +77,7 @@ def info(
     print(f'{"all":>12}  {sum(params.values()):>13,} parameters  {sum(flops.values()):>13,.0f} FLOPs a token')
     print(f'key = value cache at {cfg.sliding_window:,} tokens and beyond: {cache_bytes(cfg, cfg.sliding_window):,} bytes')
 
-# %% ../nbs/20_cli.ipynb #8c0de27e
+# %% ../nbs/20_cli.ipynb #779353bc
 def with_values(
     f,       # a function that takes more of its options as **changes
     values,  # a dataclass: the options it takes there
@@ -119,7 +119,9 @@ def main(
         return complain(f'{type(e).__name__ if not str(e) else e}', 1)
     return 0
 
-def underscores(word): return '--'+word[2:].replace('-', '_') if word.startswith('--') and '=' not in word else word   # --batch-size too
+def underscores(word):   # --batch-size too
+    name,eq,value = word.partition('=')
+    return name.replace('-', '_').replace('__', '--', 1)+eq+value if word.startswith('--') else word
 
 def complain(
     what:str,   # what went wrong and what to do

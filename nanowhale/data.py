@@ -53,7 +53,7 @@ def pieces(
         start = end
     return out
 
-# %% ../nbs/10_data.ipynb #fabfd21b
+# %% ../nbs/10_data.ipynb #ea9ce44c
 KINDS = {'.txt':'text', '.jsonl':'json', '.parquet':'parquet'}   # how a file ends -> the reader of `datasets` for it
 SQUEEZED = ('.gz', '.zst')                                       # endings of a compressed one
 
@@ -82,7 +82,8 @@ def read_file(
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 text (byte {e.start}): convert it first, e.g. with `iconv -t utf-8`') from None
     except Exception as e:
-        if not local or isinstance(e, NoText): raise
+        if isinstance(e, NoText): raise
+        if not local: raise OSError(f'{path} could not be read: {first_line(e)}') from None
         raise ValueError(f'{path} is not a readable {Path(path).suffix} file: {first_line(e)}') from None
 
 # %% ../nbs/10_data.ipynb #3ee95228
@@ -102,7 +103,7 @@ def first_line(e:BaseException) -> str:
     "What an error says, in one line"
     return str(e).strip().split('\n')[0] or type(e).__name__
 
-# %% ../nbs/10_data.ipynb #083060c2
+# %% ../nbs/10_data.ipynb #e217e797
 def find_files(
     data:str,   # path of a file or folder, address of a file, or the name of a Hub dataset
 ) -> list[str]|None:
@@ -129,7 +130,9 @@ def open_texts(
     field:str='text',          # where a row keeps its text
 ):  # -> an `IterableDataset` of rows with a `text`
     "Any text as a stream that knows how far it has been read"
-    from datasets import IterableDataset, load_dataset
+    from datasets import IterableDataset, config, load_dataset
+    for what in ('OPEN', 'READ'):   # one attempt: who reads on decides about more
+        setattr(config, f'STREAMING_{what}_MAX_RETRIES', 1); setattr(config, f'STREAMING_{what}_RETRY_INTERVAL', 0)
     files = [] if data is None else find_files(str(data))
     if files is not None: return IterableDataset.from_generator(documents, gen_kwargs=dict(files=files, field=field))
     try: rows = load_dataset(str(data), split='train', streaming=True)

@@ -140,7 +140,7 @@ def plot_load(
     if path is None: return fig
     fig.savefig(path); plt.close(fig)
 
-# %% ../nbs/15_train.ipynb #02f44b48
+# %% ../nbs/15_train.ipynb #e996dbb5
 class Log:
     "Metrics of each step: a line in a file, the progress bar and, if asked for, TensorBoard"
     def __init__(self, out, recipe, cfg, device, start, seconds, tensorboard=False):
@@ -181,6 +181,7 @@ class Log:
     def plot(self):
         "Refresh the pictures"
         metrics = read_metrics(self.out/'metrics.jsonl')
+        if not metrics: return
         plot_losses(metrics, self.out/'loss.png'); plot_load(metrics, self.out/'expert-load.png')
 
     def close(self): self.bar.close(); self.board and self.board.close()
@@ -193,7 +194,7 @@ def open_board(
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
     return SummaryWriter(folder)
 
-# %% ../nbs/15_train.ipynb #cc94e9c8
+# %% ../nbs/15_train.ipynb #2f1cf79c
 class Run:
     "A run under way: model, optimizers, stream, and its state as JSON can hold it"
     def __init__(self, out, spec, last, device, tensorboard=False):
@@ -259,7 +260,7 @@ class Run:
             while self.state['step']<recipe.steps:
                 self.log.pause()
                 try: m = self.one_step()
-                except OSError: self.save(); raise
+                except (OSError, ValueError): self.save(); raise   # no more data
                 if self.state['step'] in due: self.evaluate(m)
                 self.log.write(m)
                 stop = total(torch.tensor(float(len(noted)), device=self.device)).item()
@@ -323,7 +324,7 @@ It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained` on thi
 The recipe: `{json.dumps(spec["recipe"])}`
 '''
 
-# %% ../nbs/15_train.ipynb #eee51e63
+# %% ../nbs/15_train.ipynb #de9cf938
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
@@ -346,6 +347,7 @@ def finish(
     spec:dict,   # run.json
 ) -> dict:       # its figures
     "Measure, and write the model card"
+    run.save()   # once more: a kill may have come between the last checkpoint and its links
     results = measure(run)
     def write():
         write_json(run.out/'results.json', results)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from nanowhale import block, data, evaluate, generate, hyper, mla, model, moe, mtp, optim, rope, train, weights
+from nanowhale import block, data, evaluate, generate, hyper, mla, model, moe, mtp, optim, rope, step, weights
 from nanowhale.model import Cache, Whale
 from test_parity import LIMITS, errors, no_downcast, pair, randomise, run, small
 
@@ -262,7 +262,7 @@ def a_compiled_whales_checkpoint_loads():
         assert set(weights.read_weights(folder))==set(whale.state_dict())
     assert set(weights.translate(state))==set(whale.state_dict())
 
-# of the training loop and of evaluation (nanowhale.data, train, evaluate)
+# of the training step and of evaluation (nanowhale.data, step, evaluate)
 
 def documents(n=9, T=7):
     "Documents of uneven lengths, and the same packed into rows of `T` targets"
@@ -280,13 +280,13 @@ def accumulation_changes_nothing():
     "One step's gradient is that of the mean over all its targets, however unevenly these are spread over small batches"
     whale,_ = whale_and_ids()
     rows = documents()[1]
-    def gradient(*cuts):
+    def gradient(size):
         whale.zero_grad()
-        train.add_gradients(whale, [dict(zip(rows, part)) for part in zip(*(v.split(cuts) for v in rows.values()))], 0.3, 0.0)
+        step.add_gradients(whale, rows, size, 0.3, 0.0)
         return torch.cat([p.grad.flatten() for p in whale.parameters() if p.grad is not None])
     n = len(rows['docs'])
     whole = gradient(n)
-    for cuts in ([1]*n, [n-1, 1], [2, n-2]): close(gradient(*cuts), whole, 1e-4*whole.abs().max().item())
+    for size in (1, 2, n-1): close(gradient(size), whole, 1e-4*whole.abs().max().item())
     out = whale(rows['input_ids'], labels=rows['input_ids'], docs=rows['docs'])
     whale.zero_grad()
     (out.loss+0.3*out.mtp_loss).backward()
@@ -297,9 +297,9 @@ def a_training_step_moves_the_bias():
     whale,_ = whale_and_ids()
     routers = [b.mlp.gate for b in [*whale.model.layers, *whale.mtp]]
     before = torch.stack([r.e_score_correction_bias.clone() for r in routers])
-    recipe = train.Recipe(bias_speed=0.01, weight_decay=0.5)
-    step = train.train_step(whale, optim.make_optimizers(whale, 1e-3, weight_decay=0.5), [documents()[1]], recipe, 0)
-    load = torch.tensor(step['expert_load']).float()
+    recipe = step.Recipe(bias_speed=0.01, weight_decay=0.5)
+    done = step.train_step(whale, whale, optim.make_optimizers(whale, 1e-3, weight_decay=0.5), documents()[1], recipe, 0)
+    load = torch.tensor(done['expert_load']).float()
     moved = torch.stack([r.e_score_correction_bias for r in routers])-before
     close(moved, 0.01*torch.sign(load.mean(-1, keepdim=True)-load), 1e-6)
 
@@ -607,7 +607,7 @@ def _(m):
         return out
     wrap(m, Whale, 'load_state_dict', load)
 
-# ---------------------------------------------------------------- the training loop and evaluation
+# ---------------------------------------------------------------- the training step and evaluation
 
 @bug(6, 'the rule for the bias exists, but the loop never calls it', a_training_step_moves_the_bias)
 def _(m): m.setattr(Whale, 'update_router_bias', lambda self, load, speed=0.001: None)
@@ -621,14 +621,14 @@ def _(m):
 
 @bug(12, 'gradients of small batches summed, not averaged', accumulation_changes_nothing)
 def _(m):
-    real = train.add_gradients
-    def summed(whale, batches, *weights):
-        for b in batches: out = real(whale, [b], *weights)
+    real = step.add_gradients
+    def summed(whale, rows, size, *weights):
+        for i in range(0, len(rows['docs']), size): out = real(whale, {k: v[i:i+size] for k,v in rows.items()}, size, *weights)
         return out
     everywhere(m, real, summed)
 
 @bug(12, 'mean of means: every small batch counts alike', accumulation_changes_nothing)
-def _(m): everywhere(m, train.n_targets, lambda batch: torch.ones(2))
+def _(m): everywhere(m, step.n_targets, lambda batch: torch.ones(2))
 
 @bug(13, 'tokens counted that are no targets', held_out_loss_is_the_mean_over_targets)
 def _(m): m.setattr(evaluate, 'shift_labels', lambda labels, by, docs=None: labels)
