@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['Trunk', 'init_weights', 'Cache', 'geometry', 'check_batch', 'Portable', 'WhaleOutput', 'Whale']
 
-# %% ../nbs/09_model.ipynb #7e27f350
+# %% ../nbs/09_model.ipynb #b76692d5
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
 from torch import nn, Tensor
-from .config import WhaleConfig
+from .config import SIZES, WhaleConfig
 from .rope import rope_cos_sin
 from .mla import RMSNorm, KVCache, window_mask
 from .moe import bias_step
 from .hyper import HyperHead
 from .block import Block
 from .mtp import MTPBlock, shift_labels, next_embeddings, cross_entropy
-from .weights import atomic, check_keys, n_mtp, read_config, read_weights, translate, write_weights
+from .weights import atomic, check_keys, find_folder, n_mtp, translate, write_weights
+from .legacy import read_model
 
 # %% ../nbs/09_model.ipynb #52d6dd8c
 class Trunk(nn.Module):
@@ -120,7 +121,7 @@ def check_batch(
         bad = x[((x<0) | (x>=V)) & ((x!=-100) | (name=='input_ids'))]
         if len(bad): raise ValueError(f'{name}: {bad[0]} is outside the vocabulary, 0 to {V-1}; is this the right tokenizer?')
 
-# %% ../nbs/09_model.ipynb #3cf39f52
+# %% ../nbs/09_model.ipynb #194b8ac8
 class Portable:
     "Ways in and out for a module with a `cfg` whose state-dict keys are transformers'"
     @classmethod
@@ -131,7 +132,13 @@ class Portable:
     ):
         "A whale around given weights"
         state_dict = translate(state_dict, source)
-        with torch.device('meta'): whale = cls(replace(cfg, num_nextn_predict_layers=n_mtp(state_dict)))
+        layers = len({k.split('.')[2] for k in state_dict if k.startswith('model.layers.')})
+        if layers!=cfg.num_hidden_layers: raise ValueError(f'{source}: config.json says num_hidden_layers={cfg.num_hidden_layers}, the weights hold {layers}')
+        try:
+            with torch.device('meta'): whale = cls(replace(cfg, num_nextn_predict_layers=n_mtp(state_dict)))
+        except RuntimeError:     # more bytes than can be counted
+            f = max(SIZES, key=lambda f: getattr(cfg, f))
+            raise ValueError(f'{source}: no memory holds what config.json describes; its largest size is {f}={getattr(cfg, f)}') from None
         whale.load_state_dict(check_keys(state_dict, whale.state_dict(), source), assign=True)
         return whale
 
@@ -153,20 +160,26 @@ class Portable:
 
     @classmethod
     def from_pretrained(cls,
-        folder:str|Path):  # holds config.json and the weights, written by us or by transformers
-        "A whale from a checkpoint folder"
-        return cls.from_state_dict(WhaleConfig.from_hf(read_config(folder)), read_weights(folder), str(folder))
+        name:str|Path,            # a checkpoint folder, written by us, by transformers or by the first nanowhale; or a name on the Hub
+        revision:str|None=None):  # branch, tag or commit on the Hub; None: main
+        "A whale from a checkpoint folder or from the Hub"
+        folder = find_folder(name, revision)
+        for meta in (True, False):     # the shapes first: nothing is allocated for a folder that does not fit together
+            whale = cls.from_state_dict(*read_model(folder, meta=meta), str(folder))
+        return whale
 
     def save_pretrained(self,
-        folder:str|Path):  # made if needed; other files in it are left alone
-        "Write config.json and model.safetensors, to be read by `from_pretrained`, ours or transformers'"
+        folder:str|Path,                        # made if needed; other files in it are left alone
+        max_shard_size:int|str|None=None):      # e.g. '5GB': above it, several files; None: always one
+        "Write config.json and the weights, to be read by `from_pretrained`, ours or transformers'"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.lm_head.weight.dtype).removeprefix('torch.')
-        config = self.cfg.to_dict() | dict(model_type='deepseek_v4', architectures=['DeepseekV4ForCausalLM'], dtype=dtype)
+        kind = ('nanowhale','Whale') if self.cfg.hc_transposed else ('deepseek_v4','DeepseekV4ForCausalLM')
+        config = self.cfg.to_dict() | dict(model_type=kind[0], architectures=[kind[1]], dtype=dtype)
         with atomic(folder/'config.json') as tmp:
             tmp.write_text(json.dumps(config, indent=2)+'\n', encoding='utf-8')
-            write_weights(self.state_dict(), folder)
+            write_weights(self.state_dict(), folder, max_shard_size)
 
 # %% ../nbs/09_model.ipynb #8ee31fee
 @dataclass
