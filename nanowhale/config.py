@@ -92,13 +92,13 @@ def check_layers(
     for i,kind in enumerate(kinds):
         if kind!=LAYERS[field]: reject(f'{field}[{i}]', kind, f'this version builds only {LAYERS[field]!r} layers')
 
-# %% ../nbs/00_config.ipynb #1dd8047f
+# %% ../nbs/00_config.ipynb #bdd175fe
 def hf_fields(
     d:dict,  # a config.json, or `DeepseekV4Config(...).to_dict()`
 )->dict:     # the part of it that `WhaleConfig` takes
     "Read transformers' names; refuse, naming the field, what this version does not build"
-    from_file = 'model_type' in d
-    if from_file and d['model_type'] not in MODEL_TYPES: reject('model_type', d['model_type'], "must be 'deepseek_v4'")
+    from_file = d.get('model_type')=='deepseek_v4'
+    if d.get('model_type', 'deepseek_v4') not in MODEL_TYPES: reject('model_type', d['model_type'], "must be 'deepseek_v4'")
     for f,want in BUILT.items():
         if d.get(f) not in (None, want): reject(f, d[f], f'this version builds only {want!r}')
     ratios = d.get('compress_ratios')
@@ -117,7 +117,7 @@ def hf_fields(
         if 'rope_theta' in main: out |= dict(rope_theta=main['rope_theta'])
     return out
 
-# %% ../nbs/00_config.ipynb #17034d15
+# %% ../nbs/00_config.ipynb #0a9fcfe2
 @dataclass(frozen=True)
 class WhaleConfig:
     "Every size and switch of a whale, under the names and defaults of transformers' `DeepseekV4Config`"
@@ -182,7 +182,8 @@ class WhaleConfig:
         "Plain JSON values under transformers' names, with the layer lists and the rotary fraction written out"
         d = {f.name: getattr(self, f.name) for f in fields(self)}
         d['partial_rotary_factor'] = rope_factor(self.qk_rope_head_dim, self.head_dim)
-        if not self.hc_transposed: del d['hc_transposed']      # transformers has no such field
+        if self.hc_transposed: return d                        # nothing for transformers, which stumbles over our lists there
+        del d['hc_transposed']                                 # and has no such field
         return d | {f: [kind]*self.num_hidden_layers for f,kind in LAYERS.items()}
 
     def to_hf(self):
