@@ -80,7 +80,7 @@ def legacy_weights(
         out[k] = torch.full_like(w, NO_SINK) if k.endswith('.sinks') else w
     return out
 
-# %% ../nbs/08_weights_legacy.ipynb #8bbc70d4
+# %% ../nbs/08_weights_legacy.ipynb #e26128eb
 def read_model(
     name:str|Path,           # a folder, or the name of a model on the Hub
     revision:str|None=None,  # branch, tag or commit on the Hub; None: main
@@ -89,6 +89,8 @@ def read_model(
     "Config and weights of a checkpoint, whoever wrote it and when"
     folder = find_folder(name, revision)
     config,state = read_config(folder),read_weights(folder, meta)
-    if not is_legacy(state): return WhaleConfig.from_hf(config), check_types(translate(state, str(folder)), str(folder))
-    cfg = WhaleConfig.from_hf(legacy_config(config))
-    return cfg, check_types(legacy_weights(state, cfg, str(folder)), str(folder))
+    old = is_legacy(state)
+    try: cfg = WhaleConfig.from_hf(legacy_config(config) if old else config)
+    except ValueError as e: raise ValueError(f'{folder/"config.json"}: {e}') from None
+    state = legacy_weights(state, cfg, str(folder)) if old else translate(state, str(folder))
+    return cfg, check_types(state, str(folder))

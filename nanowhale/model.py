@@ -121,7 +121,7 @@ def check_batch(
         bad = x[((x<0) | (x>=V)) & ((x!=-100) | (name=='input_ids'))]
         if len(bad): raise ValueError(f'{name}: {bad[0]} is outside the vocabulary, 0 to {V-1}; is this the right tokenizer?')
 
-# %% ../nbs/09_model.ipynb #194b8ac8
+# %% ../nbs/09_model.ipynb #49a41083
 class Portable:
     "Ways in and out for a module with a `cfg` whose state-dict keys are transformers'"
     @classmethod
@@ -132,10 +132,11 @@ class Portable:
     ):
         "A whale around given weights"
         state_dict = translate(state_dict, source)
-        layers = len({k.split('.')[2] for k in state_dict if k.startswith('model.layers.')})
+        layers,mtp = len({k.split('.')[2] for k in state_dict if k.startswith('model.layers.')}),n_mtp(state_dict)
+        if mtp>1: raise ValueError(f'{source}: the weights hold {mtp} MTP blocks; only num_nextn_predict_layers=1 or 0 can be built')
         if layers!=cfg.num_hidden_layers: raise ValueError(f'{source}: config.json says num_hidden_layers={cfg.num_hidden_layers}, the weights hold {layers}')
         try:
-            with torch.device('meta'): whale = cls(replace(cfg, num_nextn_predict_layers=n_mtp(state_dict)))
+            with torch.device('meta'): whale = cls(replace(cfg, num_nextn_predict_layers=mtp))
         except RuntimeError:     # more bytes than can be counted
             f = max(SIZES, key=lambda f: getattr(cfg, f))
             raise ValueError(f'{source}: no memory holds what config.json describes; its largest size is {f}={getattr(cfg, f)}') from None

@@ -82,7 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             sha,files = found
             if what=='tree': return self.answer(200, [dict(type='file', path=p, size=len(b), oid=git_id(b),
                 **(dict(lfs=dict(oid=sha256(b), size=len(b), pointerSize=130)) if is_large(p) else {})) for p,b in files.items()])
-            return self.answer(200, dict(id=name, modelId=name, sha=sha, private=hub.private.get(name, False), tags=[], siblings=[dict(rfilename=p) for p in files]))
+            return self.answer(200, dict(id=name, modelId=name, sha=sha, private=hub.private.get(name, False), tags=[],
+                siblings=[dict(rfilename=p) for p in files]))
         if m := re.fullmatch(r'/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)', path): return self.file(*m.groups())
         if path=='/api/validate-yaml': return self.answer(200, dict(errors=[], warnings=[]))
         if path=='/api/repos/create':
@@ -246,7 +247,7 @@ def cut_and_resumed(hub, run, cache):
 def cut_for_good(hub, run, cache):
     hub.publish(run)
     hub.fault[WEIGHTS] = dict(cuts=10**9, after=0)
-    text = says(lambda: Whale.from_pretrained(NAME), NAME, 'failed')
+    says(lambda: Whale.from_pretrained(NAME), NAME, 'failed')
     hub.fault.clear()
     assert same_state(Whale.from_pretrained(NAME).state_dict(), read_weights(run))
     return f'given up after {sum(p.endswith(WEIGHTS) for p in hub.gets())-1} tries; loads once the line is back'
@@ -322,7 +323,8 @@ def test_the_commands_as_a_user_meets_them(run, tmp_path):
         '--seed', '1', '--model', NAME, '--revision', hub.sha(NAME))
     assert here.returncode==there.returncode==0 and here.stdout==there.stdout, there.stderr
     wrong = nanowhale('info', '--model', 'me/wale')
-    assert wrong.returncode==1 and wrong.stderr.startswith('nanowhale: me/wale: no such folder here, and the Hub shows no such model') and wrong.stderr.count('\n')==1
+    assert wrong.returncode==1 and wrong.stderr.startswith('nanowhale: me/wale: no such folder here, and the Hub shows no such model')
+    assert wrong.stderr.count('\n')==1
     assert nanowhale('export', str(run), '--out', 'out', '--dtype', 'bfloat16').stdout.strip()=='exported to out'
     assert read_json(tmp_path/'out'/'config.json')['dtype']=='bfloat16'
     hub.shutdown(); hub.server_close()
@@ -366,7 +368,8 @@ def trip(run, tmp, dtype=None, size=None):
     assert same_state(back, want)
     tok = AutoTokenizer.from_pretrained(tmp/'out')
     prompt = tok('The whale', return_tensors='pt')
-    with torch.no_grad(): error = (hf.float()(prompt.input_ids).logits-Whale.from_state_dict(ours.cfg, want).float()(prompt.input_ids).logits).abs().max().item()
+    same = Whale.from_state_dict(ours.cfg, want).float()
+    with torch.no_grad(): error = (hf.float()(prompt.input_ids).logits-same(prompt.input_ids).logits).abs().max().item()
     assert error<1e-5
     whole = quiet_load(tmp/'out', dtype=torch.float32)
     said = whole.generate(**prompt, max_new_tokens=15, do_sample=False)
@@ -376,7 +379,8 @@ def trip(run, tmp, dtype=None, size=None):
     cast = ', but for the router\'s matrix, which it rounds' if dtype else ''
     return f'trunk bit-equal{cast}; MTP kept by ours, ignored in silence by theirs; logits within {error:.0e}; generate: same ids'
 
-TRIPS = {'float32': {}, 'float32, shards of 20KB': dict(size='20KB'), 'bfloat16': dict(dtype='bfloat16'), 'bfloat16, shards of 20KB': dict(dtype='bfloat16', size='20KB')}
+TRIPS = {'float32': {}, 'float32, shards of 20KB': dict(size='20KB'), 'bfloat16': dict(dtype='bfloat16'),
+    'bfloat16, shards of 20KB': dict(dtype='bfloat16', size='20KB')}
 
 @pytest.mark.parametrize('name', TRIPS)
 def test_round_trip(name, run, tmp_path): print(trip(run, tmp_path, **TRIPS[name]))
@@ -403,6 +407,50 @@ def test_an_older_checkpoint_is_not_passed_off_as_native(tmp_path):
     train_tokenizer(['a whale'], 258).save_pretrained(folder)
     says(lambda: export(folder, out=str(tmp_path/'out')), 'hc_transposed', 'transformers has no such switch')
     assert not (tmp_path/'out').exists()
+
+BAD_TOKENIZERS = dict(   # what tokenizer.json holds -> what the one line must name
+    nothing=b'',
+    half=b'{"version": "1.0", "added_tokens": [], "model"', a_list=b'[]', deep=b'['*10**5, deep_value=b'{"version": '+b'['*10**5, not_utf8=b'\xff\xfe{}',
+    no_vocabulary=b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}', unknown_model=b'{"version": "1.0", "model": {"type": "Evil"}}',
+    wrong_types=b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": "b"}, "merges": 3}}',
+    huge_id=b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 99999999999999}, "merges": []}}')
+
+TOKENIZERS = """
+import json, resource, sys
+from nanowhale.data import load_tokenizer
+from nanowhale.weights import find_folder
+load_tokenizer(sys.argv[1]).encode('a whale')
+used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used+2**29, -1))
+for folder in sys.argv[2:]:
+    try: print(json.dumps(f'{len(load_tokenizer(find_folder(folder)))} tokens'))
+    except (ValueError, OSError) as e: print(json.dumps(str(e)))
+"""
+
+@pytest.mark.skipif(sys.platform!='linux', reason='limits memory as Linux does')
+def test_a_hostile_tokenizer_is_one_clear_line(run, tmp_path):
+    import shutil
+    folders = [tmp_path/n for n in [*BAD_TOKENIZERS, 'terabyte']]
+    for f in folders: shutil.copytree(run, f, ignore=shutil.ignore_patterns('trainer'))
+    for f,b in zip(folders, BAD_TOKENIZERS.values()): (f/'tokenizer.json').write_bytes(b)
+    os.truncate(tmp_path/'terabyte'/'tokenizer.json', 2**40)
+    done = subprocess.run([sys.executable, '-c', TOKENIZERS, str(run), *map(str, folders)], env=os.environ|dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1'),
+        capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    lines = dict(zip([f.name for f in folders], map(json.loads, done.stdout.splitlines())))
+    print('\n'.join(f'{k:16}{v.replace(str(tmp_path), "")}' for k,v in lines.items()))
+    assert len(lines)==len(folders), done.stderr[-2000:]
+    for name,line in lines.items():
+        assert '\n' not in line and len(line)<600 and str(tmp_path/name) in line, (name, line)
+    assert 'tokenizer.json: 1,099,511,627,776 bytes' in lines['terabyte']
+
+def test_a_tokenizer_of_another_model_is_one_clear_line(run, tmp_path):
+    "Ids beyond the model's vocabulary"
+    import shutil
+    shutil.copytree(run, tmp_path/'run')
+    big = train_tokenizer(['every whale sings its own long song '+chr(0x100+i)*3 for i in range(400)], 600)
+    whale = Whale.from_pretrained(tmp_path/'run')
+    with pytest.raises(ValueError, match='outside the vocabulary, 0 to 299; is this the right tokenizer'):
+        generate(whale, big(''.join(chr(0x100+i)*3 for i in range(400)), return_tensors='pt').input_ids, 2)
 
 @pytest.mark.xfail(strict=True, reason='data.load_tokenizer must pass trust_remote_code=False to AutoTokenizer; then delete this mark')
 def test_a_tokenizer_never_asks_to_run_code(run, tmp_path):

@@ -166,8 +166,9 @@ def resize(c):
     "Random weights for another config"
     g = torch.Generator().manual_seed(5)
     whale = Whale(WhaleConfig.from_hf(legacy.legacy_config(c|dict(num_nextn_predict_layers=0))))
-    names = {'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm', 'self_attn': 'attn', 'mlp': 'ffn', 'q_a_proj': 'wq_a', 'q_a_norm': 'q_norm',
-        'q_b_proj': 'wq_b', 'kv_proj': 'wkv', 'o_a_proj': 'wo_a', 'o_b_proj': 'wo_b', 'sinks': 'attn_sink', 'e_score_correction_bias': 'bias',
+    names = {'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm', 'self_attn': 'attn', 'mlp': 'ffn', 'q_a_proj': 'wq_a',
+        'q_a_norm': 'q_norm', 'q_b_proj': 'wq_b', 'kv_proj': 'wkv', 'o_a_proj': 'wo_a', 'o_b_proj': 'wo_b', 'sinks': 'attn_sink',
+        'e_score_correction_bias': 'bias',
         'shared_experts': 'shared_expert', 'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}
     out = {}
     for k,v in whale.state_dict().items():
