@@ -164,7 +164,7 @@ def split_held_out(
     for t in texts: parts[is_held_out(t, one_in)].append(t)
     return parts
 
-# %% ../nbs/10_data.ipynb #e4f9196c
+# %% ../nbs/10_data.ipynb #a2f1cc31
 BOS,EOS = '<|bos|>','<|eos|>'
 
 def train_tokenizer(
@@ -187,7 +187,7 @@ def load_tokenizer(
 ):  # -> a transformers tokenizer
     "The tokenizer of a checkpoint folder or of a Hub model"
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(str(name))
+    try: return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as e: raise ValueError(f'{name}: no tokenizer could be loaded from there ({first_line(e)})') from None
 
 # %% ../nbs/10_data.ipynb #88dab201

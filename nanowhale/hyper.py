@@ -74,7 +74,7 @@ def project(
         mean_square = torch.linalg.vecdot(x, x)/x.shape[-1]
         return F.linear(x, upcast(fn))*(mean_square+eps).rsqrt()[...,None]
 
-# %% ../nbs/05_hyper.ipynb #c1634b27
+# %% ../nbs/05_hyper.ipynb #a1786bc6
 class HyperConnection(nn.Module):
     "How one sublayer reads, writes and mixes the streams, decided per token (mHC paper, eqs. 6-9; V4 paper, eqs. 1-8)"
     def __init__(self,
@@ -83,6 +83,7 @@ class HyperConnection(nn.Module):
         super().__init__()
         N,D = cfg.hc_mult,cfg.hidden_size
         self.sizes,self.iters,self.eps,self.norm_eps = (N,N,N*N),cfg.hc_sinkhorn_iters,cfg.hc_eps,cfg.rms_norm_eps
+        self.transposed = cfg.hc_transposed
         self.fn = nn.Parameter(torch.randn(sum(self.sizes), N*D)*cfg.initializer_range)
         self.base,self.scale = nn.Parameter(torch.zeros(sum(self.sizes))),nn.Parameter(torch.ones(3))
     def logits(self,
@@ -96,7 +97,8 @@ class HyperConnection(nn.Module):
         X:Tensor, # [B,T,N,D] streams
     )->tuple:     # pre [B,T,N], post [B,T,N], comb [B,T,N,N], for `collapse` and `mix`
         pre,post,comb = self.logits(X)
-        return pre.sigmoid()+self.eps, 2*post.sigmoid(), sinkhorn(comb, self.iters, self.eps)
+        comb = sinkhorn(comb, self.iters, self.eps)
+        return pre.sigmoid()+self.eps, 2*post.sigmoid(), comb.mT if self.transposed else comb
 
 # %% ../nbs/05_hyper.ipynb #84746c98
 class HyperHead(nn.Module):

@@ -62,14 +62,14 @@ class Recipe:
     @property
     def targets(self): return self.rows*self.context       # of one step
 
-# %% ../nbs/15_step.ipynb #343acd41
+# %% ../nbs/15_step.ipynb #1591a013
 SIZES = dict(   # preset -> what depends on its size alone
     tiny=dict(),
     nanowhale_100m=dict(steps=5000, batch_size=8, accum=4, context=2048, precision='bf16', evals=20, ahead=2,
         data='HuggingFaceFW/fineweb-edu', tokenizer='deepseek-ai/DeepSeek-V4-Pro'))
 CARD = dict(muon_lr=0., warmup=0.03, decay=1.0, mtp_weight=0., balance_weight=0., bias_speed=0., final_lr=0.)
 RECIPES = dict(   # preset -> name -> recipe
-    tiny=dict(whale=Recipe(), card=Recipe(**CARD, lr=6e-3)),
+    tiny=dict(whale=Recipe(), card=Recipe(**CARD, lr=3e-3)),
     nanowhale_100m=dict(whale=Recipe(**SIZES['nanowhale_100m'], lr=3e-3, muon_lr=5e-3, warmup=0.03),
         card=Recipe(**SIZES['nanowhale_100m'], **CARD, lr=6e-4)))
 

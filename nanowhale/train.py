@@ -269,7 +269,7 @@ class Run:
                     signum = noted[0] if noted else 15
                     raise Stopped(f'stopped after step {self.state["step"]} and saved; go on with: nanowhale train --resume --out {self.out}', signum)
 
-# %% ../nbs/15_train.ipynb #de05f874
+# %% ../nbs/15_train.ipynb #83a25947
 def measure(
     run:Run,   # at its end
 ) -> dict:     # what was measured -> value
@@ -301,6 +301,7 @@ def model_card(
     whale:Whale,     # the model
     spec:dict,       # run.json
     results:dict,    # from `measure`
+    name:str,        # how it will be loaded: a folder, or USER/NAME
 ) -> str:
     "The README of a checkpoint: what it is, how it was trained, what it measured"
     rows = '\n'.join(f'| {k} | {str(v).replace("|", chr(92)+"|")} |' for k,v in results.items())
@@ -319,12 +320,12 @@ trained by nanowhale {spec["version"]} on {spec["recipe"]["data"] or "the Englis
 |---|---|
 {rows}
 
-It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained` on this folder.
+It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained("{name}")`.
 
 The recipe: `{json.dumps(spec["recipe"])}`
 '''
 
-# %% ../nbs/15_train.ipynb #de9cf938
+# %% ../nbs/15_train.ipynb #a13741ec
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
@@ -351,7 +352,7 @@ def finish(
     results = measure(run)
     def write():
         write_json(run.out/'results.json', results)
-        (run.out/'README.md').write_text(model_card(run.whale, spec, results))
+        (run.out/'README.md').write_text(model_card(run.whale, spec, results, run.out))
         for k,v in results.items(): print(f'{k}: {v}', file=sys.stderr)
         print(f'saved in {run.out}/: try `nanowhale generate "The assert statement"{"" if str(run.out)=="whale" else f" --model {run.out}"}`', file=sys.stderr)
     from_first(write)

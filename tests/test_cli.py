@@ -41,7 +41,7 @@ def test_info(place):
     assert nanowhale('info', '--model', 'whale', cwd=place[0]).returncode==0
 
 def test_help_explains_every_option(place):
-    for command in ('train', 'generate', 'eval', 'info'):
+    for command in ('train', 'generate', 'eval', 'info', 'export'):
         r = nanowhale(command, '--help', cwd=place[0])
         assert r.returncode==0
         options = [l for l in r.stdout.split('\n') if l.startswith('  --')]

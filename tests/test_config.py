@@ -37,6 +37,7 @@ def refused(field, make, *words):
 def test_field_names_and_defaults_are_those_of_transformers():
     ours,theirs = WhaleConfig(),DeepseekV4Config()
     for f in fields(WhaleConfig):
+        if f.name=='hc_transposed': continue   # ours alone: see test_legacy.py
         assert hasattr(theirs, f.name), f.name
         if f.name not in ('layer_types','mlp_layer_types','partial_rotary_factor'): assert getattr(ours,f.name)==getattr(theirs,f.name), f.name
 

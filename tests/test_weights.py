@@ -183,6 +183,111 @@ DAMAGE = dict(   # what is done to a good folder: (how, what the message must na
     index_lies=(promise('no.such.key', 'model-00001-of-00001.safetensors'), ['no.such.key', 'model-00001-of-00001.safetensors']),
     shard_lost=(promise('lm_head.weight', 'model-00002-of-00002.safetensors'), ['model-00002-of-00002.safetensors', 'no such file']))
 
+def header(f):
+    "Rewrite the header of the weights: `f` changes the dictionary, the numbers stay"
+    def do(folder):
+        raw = (folder/WEIGHTS).read_bytes()
+        n = int.from_bytes(raw[:8], 'little')
+        head = json.loads(raw[8:8+n])
+        head = json.dumps(f(head) or head).encode()
+        (folder/WEIGHTS).write_bytes(len(head).to_bytes(8, 'little')+head+raw[8+n:])
+    return do
+def sparse(name, size, start=b''):
+    def do(folder):
+        (folder/name).write_bytes(start)
+        os.truncate(folder/name, size)
+    return do
+def two(*fs): return lambda folder: [f(folder) for f in fs]
+def names_only(n):
+    head = json.dumps({str(i): dict(dtype='F32', shape=[0], data_offsets=[0,0]) for i in range(n)}).encode()
+    return edit(WEIGHTS, len(head).to_bytes(8, 'little')+head)
+def head_of(k, **kw): return header(lambda h: h[k].update(kw))
+
+HEAD,BIG = 'lm_head.weight',2**31-1
+HOSTILE = dict(   # what a file may claim: (how, what the one line must name)
+    billions_of_layers=(config(num_hidden_layers=BIG), ['config.json', 'num_hidden_layers=2147483647']),
+    many_layers=(config(num_hidden_layers=10**5, layer_types=['sliding_attention']*10**5, mlp_layer_types=['moe']*10**5),
+        ['num_hidden_layers=100000', 'hold 2']),
+    long_layer_list=(config(layer_types=['sliding_attention']*10**6), ['layer_types', '2 entries']),
+    **{f'huge_{f}': (config(**{f: BIG-BIG%2}), [f]) for f in ('vocab_size', 'hidden_size', 'q_lora_rank', 'o_lora_rank', 'moe_intermediate_size',
+        'n_routed_experts', 'hc_mult', 'hc_sinkhorn_iters', 'head_dim', 'num_attention_heads')},
+    large_vocab=(config(vocab_size=10**7), ['embed_tokens', '[10000000, 14]', '[31, 14]']),
+    large_experts=(config(n_routed_experts=10**7), ['gate', '10000000']),
+    more_than_64_bits=(config(hidden_size=10**30), ['hidden_size', 'below 2147483648']),
+    digits=(edit('config.json', '{"model_type": "deepseek_v4", "hidden_size": '+'9'*10**5+'}'), ['config.json', 'not valid JSON']),
+    size_as_text=(config(hidden_size='14'), ['hidden_size']), size_as_list=(config(hidden_size=[14]), ['hidden_size']),
+    not_a_number=(edit('config.json', '{"model_type": "deepseek_v4", "layer_types": [], "mlp_layer_types": [], "hc_eps": NaN}'), ['hc_eps', 'finite']),
+    infinite=(edit('config.json', '{"model_type": "deepseek_v4", "layer_types": [], "mlp_layer_types": [], "rope_theta": Infinity}'), ['rope_theta', 'finite']),
+    negative=(config(hidden_size=-14), ['hidden_size']), none_of_it=(config(hidden_size=None), ['hidden_size']),
+    type_is_a_list=(config(model_type=['deepseek_v4']*1000), ['config.json', 'model_type']),
+    deep=(edit('config.json', '['*10**5), ['config.json', 'not valid JSON']),
+    deep_value=(edit('config.json', '{"model_type": '+'['*400+']'*400+'}'), ['config.json', 'model_type']),
+    deep_field=(edit('config.json', '{"model_type": "deepseek_v4", "layer_types": '+'['*400+']'*400+', "mlp_layer_types": []}'), ['layer_types']),
+    gigabyte_of_json=(sparse('config.json', 2**40), ['config.json', 'too many']),
+    code=(config(auto_map=dict(AutoConfig='evil.Config', AutoModelForCausalLM='evil.Model'), vocab_size=32),
+        ['embed_tokens.weight', '[32, 14]']),   # read past, not run
+    header_beyond_file=(edit(WEIGHTS, (2**62).to_bytes(8, 'little')+b'{}'), [WEIGHTS, 'not a complete']),
+    header_of_gigabytes=(sparse(WEIGHTS, 2**36, (2**35).to_bytes(8, 'little')), [WEIGHTS, 'header of 34,359,738,368 bytes']),
+    header_not_json=(edit(WEIGHTS, (4).to_bytes(8, 'little')+b'{{{{'), [WEIGHTS, 'not a complete']),
+    header_deep=(edit(WEIGHTS, (10**5).to_bytes(8, 'little')+b'['*10**5), [WEIGHTS, 'not a complete']),
+    many_names=(names_only(2*10**5), ['hold 0']),
+    overlap=(header(lambda h: h.update({'spare': h[HEAD]})), [WEIGHTS, 'not a complete']),
+    gap=(head_of(HEAD, data_offsets=[10**6, 10**6+31*14*4]), [WEIGHTS, 'not a complete']),
+    beyond=(head_of(HEAD, shape=[2**40, 14]), [WEIGHTS, 'not a complete']),
+    negative_offset=(head_of(HEAD, data_offsets=[-4, 31*14*4-4]), [WEIGHTS, 'not a complete']),
+    overflow=(head_of(HEAD, shape=[2**62, 2**62]), [WEIGHTS, 'not a complete']),
+    zero_and_huge=(header(lambda h: h.update({'spare': dict(dtype='F32', shape=[0, 2**62], data_offsets=[0, 0])})), ['spare', 'no place']),
+    zero_and_beyond=(header(lambda h: h.update({'spare': dict(dtype='F32', shape=[0, 2**64-1], data_offsets=[0, 0])})), [WEIGHTS]),
+    many_axes=(header(lambda h: h.update({'spare': dict(dtype='F32', shape=[0]*10**4, data_offsets=[0, 0])})), []),
+    unknown_type=(head_of(HEAD, dtype='F4711'), [WEIGHTS, 'not a complete']),
+    other_type=(head_of(HEAD, dtype='I32'), [HEAD, 'torch.int32']),
+    mixed_types=(change(lambda s: s|{HEAD: s[HEAD].bfloat16()}), [HEAD, 'bfloat16', 'one type']),
+    unpickled=(edit(WEIGHTS, b'\x80\x04\x95'+b'.'*100), [WEIGHTS, 'not a complete']),
+    zip=(lambda f: torch.save({HEAD: torch.zeros(31, 14)}, f/WEIGHTS), [WEIGHTS, 'not a complete']),
+    expert_of_a_million=(change(lambda s: s|{'model.layers.0.ffn.experts.'+'9'*5000+'.w1.weight': torch.zeros(2, 2)}), ['experts']),
+    expert_with_a_gap=(change(lambda s: s|{'model.layers.0.ffn.experts.999999.w1.weight': torch.zeros(2, 2)}), ['experts.0.w1 is missing']),
+    layer_of_a_million=(change(lambda s: s|{'model.layers.999999.input_layernorm.weight': torch.zeros(14)}), ['num_hidden_layers=2', 'hold 3']),
+    many_mtp=(change(lambda s: s|{f'mtp.{i}.norm.weight': torch.zeros(14) for i in range(1, 300)}), ['num_nextn_predict_layers']),
+    newline_in_name=(change(lambda s: s|{'a\nTraceback': torch.zeros(2)}), ['Traceback', 'no tensor of any model']),
+    long_name=(change(lambda s: s|{'a'*10**5: torch.zeros(2)}), ['no tensor of any model']),
+    no_tensors=(change(lambda s: {}), ['num_hidden_layers=2', 'hold 0']),
+    dotted_name=(change(lambda s: s|{'mtp.': torch.zeros(2), 'model.layers.': torch.zeros(2)}), ['2 MTP blocks']),
+    index_of_gigabytes=(two(delete(WEIGHTS), sparse(INDEX, 2**40)), [INDEX, 'too many']),
+    index_deep=(two(delete(WEIGHTS), edit(INDEX, '{"weight_map": '*20000)), [INDEX, 'not valid JSON']),
+    index_of_lists=(two(delete(WEIGHTS), edit(INDEX, '{"weight_map": {"a": ["x.safetensors"]}}')), [INDEX, 'plain file name']),
+    index_long=(two(delete(WEIGHTS), edit(INDEX, json.dumps(dict(weight_map={'a': 'x'*10**6})))), [INDEX, 'plain file name']),
+    index_newline=(two(delete(WEIGHTS), edit(INDEX, json.dumps(dict(weight_map={'a': 'x.safetensors\n'})))), [INDEX, 'plain file name']))
+
+LIMITED = """
+import json, resource, sys, torch
+from nanowhale.model import Whale
+Whale.from_pretrained(sys.argv[1])                            # everything that is loaded on first use
+used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used+2**29, -1))
+for folder in sys.argv[2:]:
+    try: Whale.from_pretrained(folder); print(json.dumps('loaded'))
+    except (ValueError, FileNotFoundError) as e: print(json.dumps(str(e)))
+    except BaseException as e: print(json.dumps(f'{type(e).__name__} {e}'[:300]))
+"""
+
+@pytest.mark.skipif(sys.platform!='linux', reason='limits memory as Linux does')
+def test_hostile_files_are_one_clear_line_in_little_memory(tmp_path):
+    "All in one process that may take half a gigabyte more than it needs to load a good folder"
+    torch.manual_seed(1)
+    whale = randomise(Whale(small()))
+    whale.save_pretrained(tmp_path/'good')
+    for name,(how,_) in HOSTILE.items():
+        whale.save_pretrained(tmp_path/name)
+        how(tmp_path/name)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(weights.__file__)))
+    done = subprocess.run([sys.executable, '-c', LIMITED, str(tmp_path/'good'), *(str(tmp_path/n) for n in HOSTILE)], env=os.environ|dict(PYTHONPATH=root),
+                          capture_output=True, text=True, timeout=300)
+    lines = [json.loads(l) for l in done.stdout.splitlines()]
+    assert len(lines)==len(HOSTILE), done.stderr[-2000:]
+    wrong = {n: l for (n,(_,says)),l in zip(HOSTILE.items(), lines) if '\n' in l or len(l)>600 or str(tmp_path/n) not in l or not all(s in l for s in says)}
+    print('\n'.join(f'{n:22}{l.replace(str(tmp_path), "")}' for n,l in zip(HOSTILE, lines)))
+    assert not wrong, wrong
+
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_damage_is_one_clear_line(damage, whale, tmp_path):
     how,names = DAMAGE[damage]
