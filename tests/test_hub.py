@@ -21,7 +21,7 @@ from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.generate import generate
 from nanowhale.hub import export
 from nanowhale.model import Whale
-from nanowhale.train import save_run
+from nanowhale.checkpoint import write_json
 from nanowhale.weights import FLOAT32, INDEX, WEIGHTS, find_folder, read_json, read_weights
 from test_legacy import random_old, write
 from test_parity import randomise
@@ -166,7 +166,10 @@ def make_run(folder):
     torch.manual_seed(3)
     whale,tok = randomise(Whale(small())),train_tokenizer(['The whale sings to the sea, and the sea answers. '*3], 300)
     folder.mkdir(parents=True)
-    save_run(folder, whale, tok, [], dict(preset='tiny', data=None, out=str(folder), step=3, seed=0, recipe=dict(steps=3)), {'held-out bits per byte': 2.5})
+    whale.save_pretrained(folder); tok.save_pretrained(folder)
+    write_json(folder/'generation_config.json', dict(bos_token_id=0, eos_token_id=1, do_sample=True, temperature=0.7, top_k=40))
+    write_json(folder/'run.json', dict(preset='tiny', seed=0, version='0.1', recipe=dict(data=None, steps=3)))
+    write_json(folder/'results.json', {'held-out bits per byte': 2.5})
     (folder/'metrics.jsonl').write_text('{}\n')
     return folder
 
