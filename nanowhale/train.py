@@ -194,7 +194,7 @@ def open_board(
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
     return SummaryWriter(folder)
 
-# %% ../nbs/15_train.ipynb #2f1cf79c
+# %% ../nbs/15_train.ipynb #1ee6e12a
 class Run:
     "A run under way: model, optimizers, stream, and its state as JSON can hold it"
     def __init__(self, out, spec, last, device, tensorboard=False):
@@ -214,6 +214,12 @@ class Run:
         blocks = Blocks(self.recipe.data, self.tok, self.recipe.context, self.recipe.field, self.recipe.buffer, one_in, spec['seed'])
         self.stream = Stream(blocks, self.recipe.ahead, self.state['stream']) if rank()==0 else None
         self.log = Log(out, self.recipe, self.cfg, device, self.state['step'], self.state['seconds'], tensorboard)
+
+    def found(self, spec):
+        "Nothing is written before there is a row to train on: a mistake leaves no folder behind"
+        if self.stream.block is None: self.stream.block = self.stream.next_block()
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out/'run.json', spec)
 
     def rows(self): return {k: v.to(self.device) for k,v in from_first(lambda: self.stream.take(self.recipe.rows)).items()}
 
@@ -325,18 +331,15 @@ It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained("{name}
 The recipe: `{json.dumps(spec["recipe"])}`
 '''
 
-# %% ../nbs/15_train.ipynb #a13741ec
+# %% ../nbs/15_train.ipynb #81267147
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
     spec:dict,      # run.json of a new run
 ) -> tuple[dict, Path|None]:  # run.json, and the checkpoint to go on from
-    "Open a run's folder: a new one gets its run.json, an old one is read and its metrics are cut to its checkpoint"
+    "Open a run's folder: a new one must be free, an old one is read and its metrics are cut to its checkpoint"
     out = Path(out)
-    if not resume:
-        free_folder(out).mkdir(parents=True, exist_ok=True)
-        write_json(out/'run.json', spec)
-        return spec, None
+    if not resume: free_folder(out); return spec, None
     spec,last = read_run(out)
     step = read_json(last/'trainer'/'state.json')['step'] if last else 0
     if step>=spec['recipe']['steps'] and (out/'README.md').exists(): raise ValueError(f'{out} has done all its {step} steps: nothing to go on with')
@@ -376,8 +379,10 @@ def train(
     with ranks(device):
         spec,last = from_first(lambda: begin(out, resume, spec))
         run = Run(Path(out), spec, last, device, tensorboard)
-        if rank()==0: print(f'{run.whale.n_params():,} parameters, {hardware(device)}, {run.recipe.steps*run.recipe.targets:,} targets of '
-            f'{spec["recipe"]["data"] or "the English that ships with Python"}', file=sys.stderr)
-        try: run.go()
+        try:
+            from_first(lambda: run.found(spec))
+            if rank()==0: print(f'{run.whale.n_params():,} parameters, {hardware(device)}, {run.recipe.steps*run.recipe.targets:,} targets of '
+                f'{spec["recipe"]["data"] or "the English that ships with Python"}', file=sys.stderr)
+            run.go()
         finally: run.log.close()
         return finish(run, spec)
