@@ -81,7 +81,7 @@ def test_values_arrive(f, sep, monkeypatch):
     real = cli.with_values
     monkeypatch.setattr(cli, 'with_values', lambda g, values: spying(real(g, values), seen))
     assert cli.main(['train', *f'--{f.name.replace("_", "-")}{sep}{value}'.split(' ')])==0
-    assert got[f.name]==value and type(got[f.name])==type(value)
+    assert got[f.name]==value and type(got[f.name]) is type(value)
     assert all(got[g.name] is None for g in dataclasses.fields(Recipe) if g is not f)   # the recipe decides
 
 def spying(command, seen):
