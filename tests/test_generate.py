@@ -97,7 +97,7 @@ def one_by_one(whale, ids, docs=None, prefill=1):
     for t in range(prefill, ids.shape[1]+1):
         out.append(next_logits(whale, ids[:,:t], None if docs is None else docs[:,:t], cache))
     assert cache.length==ids.shape[1]
-    assert all(c.kv.shape[1]==min(ids.shape[1], whale.cfg.sliding_window-1) for c in cache.layers)
+    assert all(c.kv.shape[1]==whale.cfg.sliding_window and c.length==ids.shape[1] for c in cache.layers)
     return torch.stack(out, 1)
 
 @torch.inference_mode()
