@@ -11,7 +11,7 @@ from .mla import Attention, KVCache, RMSNorm
 from .moe import MoE
 from .hyper import HyperConnection, collapse, mix
 
-# %% ../nbs/06_block.ipynb #4dfe2432
+# %% ../nbs/06_block.ipynb #5a69e0c9
 class Block(nn.Module):
     "Attention, then the experts, each attached to the streams by a hyper-connection (V4 paper section 2)"
     def __init__(self,
@@ -23,7 +23,7 @@ class Block(nn.Module):
     def forward(self,
         X:Tensor,                   # [B,T,N,D] streams
         rope:tuple[Tensor,Tensor],  # cos and sin [T,R/2] at the tokens' positions
-        mask:Tensor,                # [B or 1,T,S] True where a query sees a key, cached keys first
+        mask:Tensor,                # [B or 1,T,S] True where a query sees a key
         cache:KVCache|None=None,    # this layer's keys = values while generating
     )->tuple:                       # streams [B,T,N,D], and the experts' `Routing`
         pre,post,comb = self.attn_hc(X)

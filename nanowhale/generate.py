@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scale_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize_repeats', 'warp', 'draw', 'next_logits',
-           'left_pad', 'docs_of', 'evaluating', 'generate', 'TextStream']
+           'left_pad', 'docs_of', 'evaluating', 'Rows', 'generate', 'TextStream']
 
 # %% ../nbs/13_generate.ipynb #d155b28d
 from contextlib import contextmanager
@@ -163,10 +163,44 @@ def _seen(ids, mask, V):
     "[B,V] bool: which tokens each row of ids [B,T] holds where its mask is 1"
     return torch.zeros(len(ids), V, dtype=torch.long, device=ids.device).scatter_add(1, ids, mask)>0
 
-# %% ../nbs/13_generate.ipynb #c46e2425
+# %% ../nbs/13_generate.ipynb #4fcb4ba2
+class Rows:
+    "Texts being written side by side: their ids, what each has seen, and which have ended"
+    def __init__(self,
+        whale,                       # a `Whale`
+        input_ids:Tensor,            # [B,T] the prompts
+        attention_mask:Tensor=None,  # [B,T] 0 for padding on the left; None: there is none
+        eos_token_id='config',       # id or ids that end a row; 'config': the config's; None: nothing ends it
+        on_token=None,               # called with each new column of ids [B]
+    ):
+        V,device = whale.cfg.vocab_size,whale.lm_head.weight.device
+        _check_prompt(input_ids, attention_mask, V)
+        self.ids,self.on_token = input_ids.to(device).long(),on_token
+        mask = torch.ones_like(self.ids) if attention_mask is None else attention_mask.to(device).long()
+        self.docs,self.seen = None if mask.all() else docs_of(mask),_seen(self.ids, mask, V)
+        self.ends,self.pad = _endings(whale.cfg, eos_token_id)
+        self.done = torch.zeros(len(self.ids), dtype=torch.bool, device=device)
+
+    def add(self,
+        new:Tensor,  # [B] the next token of each row
+    ):
+        "Append a column; a row that has ended gets padding instead"
+        new = new.masked_fill(self.done, self.pad)
+        if self.on_token is not None: self.on_token(new)
+        self.ids = torch.cat([self.ids, new[:,None]], 1)
+        if self.docs is not None: self.docs = F.pad(self.docs, (0,1))
+        self.seen.scatter_(1, new[:,None], True)
+        for end in self.ends: self.done |= new==end
+
+# %% ../nbs/13_generate.ipynb #7d9e080c
+def _finite(logits, T):
+    "The logits, if they are numbers"
+    _check(logits.isfinite().all(), f'logits after {T} tokens are not finite: do the weights hold NaN or inf?')
+    return logits
+
 def generate(
     whale,                             # a `Whale`
-    input_ids:Tensor,            # [B,T], the prompts
+    input_ids:Tensor,                  # [B,T] the prompts
     max_new_tokens:int=100,            # at most so many new tokens
     temperature:float=1.0,             # 0: greedy; see `scale_temperature`
     top_k:int=None,                    # see `keep_top_k`
@@ -174,35 +208,23 @@ def generate(
     min_p:float=None,                  # see `keep_min_p`
     repetition_penalty:float=1.0,      # see `penalize_repeats`
     eos_token_id:int|list='config',    # id or ids that end a row; 'config': the config's; None: nothing ends it
-    attention_mask:Tensor=None,  # [B,T], 0 for padding on the left; see `left_pad`
+    attention_mask:Tensor=None,        # [B,T] 0 for padding on the left; see `left_pad`
     seed:int=None,                     # the same seed gives the same text; None: torch's global randomness
     use_cache:bool=True,               # False: run the whole text for each token, to the same result
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
 ) -> Tensor:                           # [B,T+n]
     "Prompt and continuation, token by token; ended rows are filled with padding"
-    V,device = whale.cfg.vocab_size,whale.lm_head.weight.device
     rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    _check_prompt(input_ids, attention_mask, V)
     _check_rules(max_new_tokens, **rules)
     with evaluating(whale):
-        ids = input_ids.to(device).long()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device).long()
-        docs,seen,cache = None if mask.all() else docs_of(mask), _seen(ids, mask, V), Cache(whale.cfg) if use_cache else None
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        ends,pad = _endings(whale.cfg, eos_token_id)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        rows,cache = Rows(whale, input_ids, attention_mask, eos_token_id, on_token),Cache(whale.cfg) if use_cache else None
+        generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(seed)
         for _ in range(max_new_tokens):
-            logits = next_logits(whale, ids, docs, cache)
-            _check(logits.isfinite().all(), f'logits after {ids.shape[1]} tokens are not finite: do the weights hold NaN or inf?')
-            logits = warp(logits, seen, **rules)
-            new = logits.argmax(-1) if temperature==0 else draw(logits, generator)
-            new = new.masked_fill(done, pad)
-            if on_token is not None: on_token(new)
-            ids,docs = torch.cat([ids, new[:,None]], 1), None if docs is None else F.pad(docs, (0,1))
-            seen.scatter_(1, new[:,None], True)
-            for end in ends: done |= new==end
-            if done.all(): break
-    return ids.to(input_ids.device, copy=True)
+            logits = _finite(next_logits(whale, rows.ids, rows.docs, cache), rows.ids.shape[1])
+            logits = warp(logits, rows.seen, **rules)
+            rows.add(logits.argmax(-1) if temperature==0 else draw(logits, generator))
+            if rows.done.all(): break
+    return rows.ids.to(input_ids.device, copy=True)
 
 # %% ../nbs/13_generate.ipynb #fb09628c
 class TextStream:

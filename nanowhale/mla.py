@@ -58,19 +58,42 @@ def attend(
     p = torch.cat([scores, sink], -1).softmax(-1)[...,:-1]
     return torch.einsum('bths,bsk->bthk', p.to(kv.dtype), kv)
 
-# %% ../nbs/02_mla.ipynb #9b437208
+# %% ../nbs/02_mla.ipynb #ea3d9caf
 class KVCache:
-    "The last `window-1` keys = values of one layer: all of the past that a later token can see"
+    "A ring of keys = values of one layer: position p lies in slot p modulo the size, and nothing ever moves"
     def __init__(self,
-        window:int):  # W, tokens that a query sees, itself among them
-        self.window,self.kv = window,None
+        window:int,     # W, tokens that a query sees, itself among them
+        spare:int=0):   # slots beyond the window; passes of 1+spare tokens fit in, and can be taken back
+        self.window,self.room,self.size = window,1+spare,window+spare
+        self.length = self.floor = 0   # tokens read, and how many of them can no longer be taken back
+        self.kv = None
+
+    def positions(self,
+        T:int,        # new tokens
+        device=None,  # of the result
+    ) -> Tensor:      # [S]
+        "Where in the text each entry stands that `extend` returns with the next T tokens"
+        end = self.length+T
+        if T>self.room: return torch.arange(max(0, self.length-self.window+1), end, device=device)
+        return end-1 - (end-1-torch.arange(min(end, self.size), device=device)) % self.size
+
     def extend(self,
         kv:Tensor,    # [B,T,K] entries of new tokens, rotated
-    ) -> Tensor:      # [B,S,K] the kept entries and the new ones
-        "Append `kv`, return everything the new queries may need, and keep what later ones can see"
-        if self.kv is not None: kv = torch.cat([self.kv, kv], 1)
-        self.kv = kv[:, max(0, kv.shape[1]-self.window+1):].clone()
-        return kv
+    ) -> Tensor:      # [B,S,K] entries at `positions(T)`
+        "Write `kv` into the ring, and return all that the new queries may need"
+        B,T,K = kv.shape
+        end,new = self.length+T,kv[:,-self.size:]
+        if self.kv is None: self.kv = kv.new_empty(B, self.size, K)
+        if T>self.room: kv = torch.cat([self.kv[:, self.positions(T, kv.device)[:-T] % self.size], kv], 1)
+        self.kv[:, torch.arange(end-new.shape[1], end, device=kv.device) % self.size] = new
+        self.length,self.floor = end,max(self.floor, end-self.room)
+        return kv if T>self.room else self.kv[:,:end]
+
+    def rewind(self,
+        n:int):  # tokens, no more than 1+spare since the furthest one
+        "Forget the last n tokens, as if they had never been read"
+        if not 0<=n<=self.length-self.floor: raise ValueError(f'cache: cannot take back {n} tokens, at most {self.length-self.floor}; give it more spare slots')
+        self.length -= n
 
 # %% ../nbs/02_mla.ipynb #8c882aa0
 class GroupedLinear(nn.Linear):
@@ -87,7 +110,7 @@ class GroupedLinear(nn.Linear):
         x,weight = x.unflatten(-1, (self.groups,-1)), self.weight.unflatten(0, (self.groups,-1))
         return torch.einsum('...gi,goi->...go', x, weight).flatten(-2)
 
-# %% ../nbs/02_mla.ipynb #0664bb4d
+# %% ../nbs/02_mla.ipynb #a881f50c
 class Attention(nn.Module):
     "V4's sliding-window attention (section 2.3): low-rank queries, one shared key = value, sinks, grouped output"
     def __init__(self,
@@ -113,7 +136,7 @@ class Attention(nn.Module):
     def forward(self,
         x:Tensor,                    # [B,T,D] normalised input
         rope:tuple[Tensor,Tensor],   # cos and sin [T,R/2] or [B,T,R/2] at the positions of `x`
-        mask:Tensor,                 # [B or 1,T,S] True where a query sees a key, cached keys first
+        mask:Tensor,                 # [B or 1,T,S] True where a query sees a key, keys in the order of `cache.positions`
         cache:KVCache|None=None,     # entries of earlier tokens; extended by those of `x`
     ) -> Tensor:                     # [B,T,D]
         q,kv = self.query(x, *rope),self.latent(x, *rope)

@@ -45,7 +45,7 @@ def cross_entropy(
     n = (labels!=-100).sum().clamp(min=1)
     return F.cross_entropy(upcast(logits.flatten(0,1)), labels.flatten().long(), reduction='sum')/n
 
-# %% ../nbs/07_mtp.ipynb #49a75d31
+# %% ../nbs/07_mtp.ipynb #67e44124
 class MTPBlock(Block):
     "One block more, fed by the trunk's streams and the next token's embedding (V3 paper, eqs. 21-23)"
     def __init__(self, cfg):
@@ -55,13 +55,18 @@ class MTPBlock(Block):
         self.e_proj,self.h_proj = nn.Linear(D, D, bias=False),nn.Linear(D, D, bias=False)
         self.hc_head = HyperHead(cfg)
 
-    def forward(self,
+    def streams(self,
         X:Tensor,     # [B,T,N,D] the trunk's streams, before its collapse and final norm
         e:Tensor,     # [B,T,D] `next_embeddings`
         rope:tuple,   # cos, sin [T,R/2] of the positions
         mask:Tensor,  # [B or 1,T,S] which keys each query sees
         cache=None,   # this block's `KVCache` while generating
-    ) -> tuple:       # [B,T,D] what the shared head reads, and this block's `Routing`
+    ) -> tuple:       # [B,T,N,D] streams after the block, and its `Routing`
+        "All but the collapse, for whoever goes on from the streams"
         X = self.e_proj(self.enorm(e))[:,:,None] + self.h_proj(self.hnorm(X))
-        X,routing = super().forward(X, rope, mask, cache)
+        return super().forward(X, rope, mask, cache)
+
+    def forward(self, X, e, rope, mask, cache=None):
+        "What the shared head reads [B,T,D], and the `Routing`; arguments as in `streams`"
+        X,routing = self.streams(X, e, rope, mask, cache)
         return self.norm(self.hc_head(X)), routing

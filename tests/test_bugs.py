@@ -57,7 +57,7 @@ def the_last_R_channels_turn():
     whale,_ = whale_and_ids(sliding_window=20)
     cache = Cache(whale.cfg)
     whale(torch.full((1, 9), 3), cache=cache)
-    kv = cache.layers[0].kv[0]
+    kv = cache.layers[0].kv[0,:9]
     turns = (kv-kv[:1]).abs().max(0).values>1e-4
     assert turns.tolist()==[False]*(whale.cfg.head_dim-whale.cfg.qk_rope_head_dim)+[True]*whale.cfg.qk_rope_head_dim
 
@@ -547,7 +547,7 @@ def _(m, real=rope.rope_cos_sin): everywhere(m, real, lambda pos, *a, **kw: real
 def _(m):
     def short(real, self, kv):
         out = real(self, kv)
-        if self.kv.shape[1]==self.window-1: self.kv = torch.cat([torch.zeros_like(self.kv[:,:1]), self.kv[:,1:]], 1)
+        if self.length>=self.window: self.kv[:,(self.length+1)%self.size] = 0   # of the W-1 that the next token needs, the oldest
         return out
     wrap(m, mla.KVCache, 'extend', short)
 
@@ -555,7 +555,7 @@ def _(m):
 def _(m):
     def roll(real, self, kv):
         out = real(self, kv)
-        self.kv = self.kv.roll(1, 1)
+        self.kv.copy_(self.kv.roll(1, 1))
         return out
     wrap(m, mla.KVCache, 'extend', roll)
 

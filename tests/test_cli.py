@@ -48,6 +48,12 @@ def test_generate_and_stdin(place):
     assert r.returncode==0 and r.stdout.startswith('Whale number') and r.stderr==''
     assert nanowhale('generate', '--tokens', '5', '--seed', '0', cwd=d, stdin='Whale number\n').stdout==r.stdout
 
+def test_speculative_is_the_same_greedily(place):
+    d,_ = place
+    plain,fast = (nanowhale('generate', 'Whale number', '--tokens', '12', '--temperature', '0', *more, cwd=d)
+                  for more in ([], ['--speculative', '--drafts', '2', '--min_p', '0.1']))
+    assert fast.returncode==0 and fast.stdout==plain.stdout and fast.stderr==''
+
 def test_eval(place):
     d,_ = place
     (d/'short.txt').write_text((d/'data.txt').read_text()[:12000])
@@ -117,6 +123,7 @@ CASES = {
     'config that is no JSON': (['generate', 'Hi', '--model', 'nojson'], 'config.json'),
     'no tokenizer': (['generate', 'Hi', '--model', 'notok'], 'tokenizer'),
     'impossible temperature': (['generate', 'Hi', '--temperature', '-1'], 'temperature'),
+    'no drafts': (['generate', 'Hi', '--speculative', '--drafts', '0'], 'drafts=0'),
 }
 
 @pytest.fixture(scope='module')

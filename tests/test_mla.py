@@ -260,8 +260,7 @@ def decode(attn, cfg, x, sizes, docs=None, cache=None, restart=False):
     W,outs,start = cfg.sliding_window,[],0
     cache = cache or KVCache(W)
     for n in sizes:
-        kept = 0 if cache.kv is None else cache.kv.shape[1]
-        new,old = slice(start, start+n),slice(start-kept, start+n)
+        new,old = slice(start, start+n),cache.positions(n)
         pos,d = torch.arange(x.shape[1]),(None,None) if docs is None else (docs[:,new], docs[:,old])
         rope = rope_cos_sin(pos[new]-start*restart, cfg.qk_rope_head_dim, cfg.rope_theta)
         outs.append(attn(x[:,new], rope, mla.window_mask(pos[new], pos[old], W, *d), cache))
@@ -288,26 +287,60 @@ def test_cache_bugs_are_seen():
     def gap(**kw): return (decode(attn, cfg, x, pieces(11, 2), **kw)-full).abs().max()
     assert gap()<1e-5
     assert gap(restart=True)>0.02                                      # positions counted from zero in every piece
-    assert gap(cache=KVCache(cfg.sliding_window-1))>0.02               # one entry too few
-    class Raw(KVCache):                                                # remembers what it was given first
+    assert gap(cache=KVCache(cfg.sliding_window-1))>0.02               # one slot too few
+    class First(KVCache):                                              # never overwrites
         def extend(self, kv):
-            old = self.kv if self.kv is not None else kv[:,:0]
-            self.kv = self.kv if self.kv is not None else kv
-            return torch.cat([old, kv], 1)
-    assert gap(cache=Raw(cfg.sliding_window))>0.02
+            kept = None if self.kv is None else self.kv.clone()
+            out = super().extend(kv)
+            if kept is not None: self.kv.copy_(kept)
+            return out
+    assert gap(cache=First(cfg.sliding_window, 1))>0.02
+    class Turned(KVCache):                                             # says one slot beside
+        def positions(self, T, device=None): return super().positions(T, device).roll(1)
+    assert gap(cache=Turned(cfg.sliding_window, 1))>0.02
 
 def test_cache_of_one_too_many_only_wastes():
     "The mask decides who is seen; an entry too many costs memory and nothing else"
     cfg,attn,x,_ = bug_case()
-    assert_close(decode(attn, cfg, x, pieces(11, 2), cache=KVCache(cfg.sliding_window+1)), run(attn, cfg, x))
+    for more in (dict(window=cfg.sliding_window+1), dict(window=cfg.sliding_window, spare=3)):
+        assert_close(decode(attn, cfg, x, pieces(11, 2), cache=KVCache(**more)), run(attn, cfg, x))
 
-def test_cache_keeps_no_more_than_the_window():
+def test_cache_keeps_no_more_than_the_window_and_never_moves():
     cache = KVCache(5)
     cache.extend(torch.randn(2, 100, 3))
-    assert cache.kv.shape==(2,4,3) and cache.kv.untyped_storage().nbytes()==2*4*3*4
-    for _ in range(3): assert cache.extend(torch.randn(2, 1, 3)).shape==(2,5,3)
+    home = cache.kv.data_ptr()
+    assert cache.kv.shape==(2,5,3) and cache.kv.untyped_storage().nbytes()==2*5*3*4
+    for _ in range(12):
+        out = cache.extend(torch.randn(2, 1, 3))
+        assert out.shape==(2,5,3) and out.data_ptr()==home==cache.kv.data_ptr()   # a view of the ring, not a copy
     one = KVCache(1)
-    assert one.extend(torch.randn(2,3,4)).shape==(2,3,4) and one.extend(torch.randn(2,1,4)).shape==(2,1,4) and one.kv.numel()==0
+    assert one.extend(torch.randn(2,3,4)).shape==(2,3,4) and one.extend(torch.randn(2,1,4)).shape==(2,1,4) and one.kv.numel()==8
+
+@pytest.mark.parametrize('window', range(1, 10))
+@pytest.mark.parametrize('spare', [0, 1, 4])
+def test_ring_holds_what_it_says_after_any_steps(window, spare):
+    "Against a list of all that was read: entries at `positions`, all that the window needs among them, steps taken back included"
+    r = random.Random(window*10+spare)
+    for _ in range(30):
+        ring,text = KVCache(window, spare),[]
+        for step in range(25):
+            n = r.choice([1, 1, 1, 2, spare+1, spare+2, window, r.randint(1, 3*window+3)])
+            new = [r.random() for _ in range(n)]
+            where = ring.positions(n)
+            out = ring.extend(torch.tensor(new).view(1, n, 1))[0,:,0]
+            text += new
+            true = torch.tensor(text)
+            assert len(out)==len(where)==len(set(where.tolist()))
+            first = len(text)-n                                                  # the first new token sees back to first-W+1
+            needed = set(range(max(0, first-window+1), len(text)))
+            assert needed<=set(where.tolist()) and (where>=0).all()
+            for p,v in zip(where.tolist(), out): assert p not in needed or v==true[p]
+            back = r.randint(0, min(spare+1, ring.length-ring.floor))
+            ring.rewind(back)
+            text = text[:len(text)-back]
+            assert ring.length==len(text)
+        with pytest.raises(ValueError, match='cannot take back'): ring.rewind(ring.length-ring.floor+1)
+        with pytest.raises(ValueError, match='cannot take back'): ring.rewind(-1)
 
 # ---------------------------------------------------------------- dtypes, gradients, other kernels, parts
 

@@ -81,7 +81,7 @@ def test_block_is_v3s_formula():
     whale,ids = Whale(cfg),torch.randint(0, 31, (2,9))
     block,X,e = whale.mtp[0],whale(ids).streams,whale.model.embed_tokens(ids)
     for norm in (block.enorm, block.hnorm): torch.nn.init.normal_(norm.weight)
-    rope,mask,_,_ = geometry(cfg, ids)
+    rope,mask = geometry(cfg, ids)
     W = torch.cat([block.h_proj.weight, block.e_proj.weight], 1)
     norm = lambda n,x: x*(x.square().mean(-1, keepdim=True)+cfg.rms_norm_eps).rsqrt()*n.weight
     both = torch.cat([norm(block.hnorm, X), norm(block.enorm, e)[:,:,None].expand_as(X)], -1)
@@ -125,7 +125,7 @@ def check_reach(whale, ids):
 @torch.no_grad()
 def check_label(whale, ids):
     "The MTP loss is that of the logits at i and the token i+2"
-    rope,mask,_,_ = geometry(whale.cfg, ids)
+    rope,mask = geometry(whale.cfg, ids)
     e,X = whale.model.embed_tokens(ids),whale(ids).streams
     told = torch.cat([e[:,1:], torch.zeros_like(e[:,:1])], 1)
     logp = whale.lm_head(whale.mtp[0](X, told, rope, mask)[0]).log_softmax(-1)
