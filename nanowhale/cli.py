@@ -13,7 +13,7 @@ from fastcore.script import Param, anno_parser, store_true
 from .step import Recipe
 from .train import train
 
-# %% ../nbs/20_cli.ipynb #d15d4e4b
+# %% ../nbs/20_cli.ipynb #2d78cf10
 def generate(
     prompt:Param('the text to go on from; none: read from standard input', str, opt=False, nargs='?')=None,
     model:str='whale',          # checkpoint folder, or a model on the Hub: USER/NAME
@@ -22,8 +22,11 @@ def generate(
     temperature:float=0.7,      # 0: always the likeliest token
     top_k:int=40,               # choose among so many tokens; 0: among all
     top_p:float=1.0,            # choose among the likeliest that together have this probability
+    min_p:float=0.0,            # choose among tokens at least so many times as likely as the likeliest
     repetition_penalty:float=1.0,  # above 1: tokens already there become less likely
     seed:int=None,              # the same seed gives the same text
+    speculative:bool=False,     # let the MTP block guess ahead: the same distribution, in fewer passes
+    drafts:int=1,               # tokens to guess at a time, with --speculative
     device:str=None,            # cpu, cuda ...; none: a GPU if there is one
 ):
     "Continue a text with a trained whale, printed as it appears"
@@ -31,6 +34,7 @@ def generate(
     from nanowhale.data import load_tokenizer
     from nanowhale.generate import TextStream, generate
     from nanowhale.model import Whale
+    from nanowhale.speculate import speculate
     from nanowhale.train import pick_device
     from nanowhale.weights import find_folder
     if prompt is None: prompt = sys.stdin.read().rstrip('\n')
@@ -38,8 +42,10 @@ def generate(
     whale,tok = Whale.from_pretrained(folder).to(pick_device(device)),load_tokenizer(folder)
     ids = torch.tensor([[tok.bos_token_id, *tok.encode(prompt, add_special_tokens=False)]], device=whale.lm_head.weight.device)
     print(prompt, end='', flush=True)
+    rules = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     with TextStream(tok) as stream:
-        generate(whale, ids, tokens, temperature, top_k or None, top_p, repetition_penalty=repetition_penalty, seed=seed, on_token=stream)
+        if speculative: speculate(whale, ids, tokens, **rules, on_token=stream, drafts=drafts)
+        else: generate(whale, ids, tokens, **rules, on_token=stream)
     print()
 
 def evaluate(

@@ -60,48 +60,51 @@ def init_weights(
         elif leaf in ('sinks','base','hc_base','e_score_correction_bias'): p.zero_()
         else: raise ValueError(f'{name}: init_weights has no rule for this name; add one, or it starts as noise')
 
-# %% ../nbs/09_model.ipynb #1d30bcb7
+# %% ../nbs/09_model.ipynb #ab29c907
 class Cache:
-    "What generation keeps: each layer's window of keys = values, their documents, and how many tokens came before"
+    "What generation keeps: a ring of keys = values for each layer, and one for their documents if rows have any"
     def __init__(self,
-        cfg):  # a `WhaleConfig`
-        self.window,self.length,self.docs = cfg.sliding_window,0,None
-        self.layers = [KVCache(cfg.sliding_window) for _ in range(cfg.num_hidden_layers)]
+        cfg,              # a `WhaleConfig`
+        spare:int=0,      # slots beyond the window; see `KVCache`
+        layers:int=None): # how many; None: those of the trunk
+        self.layers = [KVCache(cfg.sliding_window, spare) for _ in range(layers or cfg.num_hidden_layers)]
+        self.docs,self.spare = None,spare
+
+    @property
+    def length(self): return self.layers[0].length   # tokens read
 
     def look_back(self,
         ids:Tensor,        # [B,T] new tokens
         docs:Tensor|None,  # [B,T] their documents; None: they continue each row's last one
-    ) -> tuple:            # kept keys in sight, documents of the new tokens, documents of all keys
-        "What the new tokens see of the past"
-        seen = min(self.length, self.window-1)
-        if not seen: return 0, docs, docs
-        if len(self.layers[0].kv)!=len(ids): raise ValueError(f'cache: it holds {len(self.layers[0].kv)} rows, input_ids has {len(ids)}; begin a new one')
-        if self.docs is None:
-            if docs is not None: raise ValueError('docs: this cache began without documents; pass them from the first call on')
-            return seen, None, None
-        if docs is None: docs = self.docs[:,-1:].expand_as(ids)
-        return seen, docs, torch.cat([self.docs[:,-seen:], docs], 1)
+    ) -> tuple:            # [S] positions of the keys, [B,T] documents of the new tokens, [B,S] of the keys
+        "What the new tokens may see, in the order of the rings"
+        ring = self.layers[0]
+        if self.length:
+            if len(ring.kv)!=len(ids): raise ValueError(f'cache: it holds {len(ring.kv)} rows, input_ids has {len(ids)}; begin a new one')
+            if docs is not None and self.docs is None: raise ValueError('docs: this cache began without documents; pass them from the first call on')
+            if self.docs and docs is None: docs = self.docs.kv[:,(self.length-1)%ring.size].expand_as(ids)
+        else: self.docs = None if docs is None else KVCache(ring.window, self.spare)
+        k_docs = self.docs.extend(docs[:,:,None])[:,:,0] if self.docs else None
+        return ring.positions(ids.shape[1], ids.device), docs, k_docs
 
-    def advance(self,
-        T:int,             # tokens just read
-        docs:Tensor|None,  # [B,S] documents of all keys they saw
-    ):
-        "Remember that they were read"
-        self.length,self.docs = self.length+T,docs
+    def rewind(self,
+        n:int):  # tokens, no more than 1+spare since the furthest one
+        "Forget the last n tokens"
+        for ring in [*self.layers, *([self.docs] if self.docs else [])]: ring.rewind(n)
 
-# %% ../nbs/09_model.ipynb #01f89c4f
+# %% ../nbs/09_model.ipynb #426e4311
 def geometry(
     cfg,                     # a `WhaleConfig`
     ids:Tensor,              # [B,T] new tokens
     docs:Tensor|None=None,   # [B,T] document of each
-    cache:Cache|None=None,   # what came before
-) -> tuple:                  # rope (cos, sin [T,R/2]), mask [B or 1,T,S], docs [B,T], docs of the keys [B,S]
+    cache:Cache|None=None,   # what came before; its ring of documents is extended
+) -> tuple:                  # rope (cos, sin [T,R/2]), mask [B or 1,T,S]
     "Where the new tokens stand and what they see; the same in every layer"
     start = cache.length if cache else 0
-    seen,docs,k_docs = cache.look_back(ids, docs) if cache else (0, docs, docs)
-    pos = torch.arange(start-seen, start+ids.shape[1], device=ids.device)
-    mask = window_mask(pos[seen:], pos, cfg.sliding_window, docs, k_docs)
-    return rope_cos_sin(pos[seen:], cfg.qk_rope_head_dim, cfg.rope_theta), mask, docs, k_docs
+    pos = k_pos = torch.arange(start, start+ids.shape[1], device=ids.device)
+    k_docs = docs
+    if cache: k_pos,docs,k_docs = cache.look_back(ids, docs)
+    return rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta), window_mask(pos, k_pos, cfg.sliding_window, docs, k_docs)
 
 # %% ../nbs/09_model.ipynb #42f5c2b0
 def check_batch(
@@ -195,7 +198,7 @@ class WhaleOutput:
     expert_load: Tensor|None = None   # [blocks,E] tokens that went to each expert; the MTP block comes last, if it ran
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
-# %% ../nbs/09_model.ipynb #2b3ef5a1
+# %% ../nbs/09_model.ipynb #2308a34c
 class Whale(Portable, nn.Module):
     "DeepSeek-V4 in small, under the state-dict keys of transformers' `DeepseekV4ForCausalLM` plus `mtp.0.*`"
     def __init__(self,
@@ -216,10 +219,9 @@ class Whale(Portable, nn.Module):
         "Logits of the next token; with labels also the losses"
         check_batch(self.cfg.vocab_size, input_ids, labels, docs)
         if cache and labels is not None: raise ValueError('labels: they do not go with a cache; pass whole rows')
-        rope,mask,docs,k_docs = geometry(self.cfg, input_ids, docs, cache)
+        rope,mask = geometry(self.cfg, input_ids, docs, cache)
         e = self.model.embed_tokens(input_ids)
         X,routings = self.model(e, rope, mask, cache.layers if cache else [None]*len(self.model.layers))
-        if cache: cache.advance(input_ids.shape[1], k_docs)
         out = WhaleOutput(self.lm_head(self.model.norm(self.model.hc_head(X))), streams=X)
         if labels is not None:
             out.loss = cross_entropy(out.logits, shift_labels(labels, 1, docs))
