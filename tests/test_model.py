@@ -390,7 +390,7 @@ def broken(folder, change):
 def cut(config, folder): (folder/'model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:-50])
 BROKEN = [
     (lambda c,f: c.update(vocab_size=32), 'expected'),
-    (lambda c,f: c.update(num_hidden_layers=1, layer_types=['sliding_attention'], mlp_layer_types=['moe']), 'model.layers.1'),
+    (lambda c,f: c.update(num_hidden_layers=1, layer_types=['sliding_attention'], mlp_layer_types=['moe']), 'num_hidden_layers=1, the weights hold 2'),
     (lambda c,f: c.update(hidden_size=0), 'hidden_size'), (lambda c,f: c.update(model_type='llama'), 'model_type'), (cut, 'not a complete safetensors')]
 
 @pytest.mark.parametrize('change,word', BROKEN)

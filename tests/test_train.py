@@ -135,7 +135,7 @@ def stop_at(monkeypatch, n, signum):
 def test_a_stopped_run_goes_on_to_the_bit(run, text, tmp_path, monkeypatch, signum, code):
     whole,out = run[0],tmp_path/'cut'
     stop_at(monkeypatch, 2, signum)
-    with pytest.raises(T.Stopped, match='stopped after step 3, .*--resume') as e: T.train(data=str(text), out=str(out), steps=6, **SMALL)
+    with pytest.raises(T.Stopped, match='stopped after step 3 and saved; .*--resume') as e: T.train(data=str(text), out=str(out), steps=6, **SMALL)
     assert e.value.code==code
     monkeypatch.undo()
     assert len(T.read_metrics(out/'metrics.jsonl'))==3 and files(out)>=FOLDER and not (out/'README.md').exists()
