@@ -75,7 +75,7 @@ def write_json(
     "Write a JSON file in one stroke: never half of it"
     with atomic(path) as temp: temp.write_text(json.dumps(value, indent=2)+'\n')
 
-# %% ../nbs/15_checkpoint.ipynb #b1c01d09
+# %% ../nbs/15_checkpoint.ipynb #654bf881
 def checkpoints(
     out:Path,   # a run's folder
 ) -> list[Path]:
@@ -92,6 +92,7 @@ def link(
     try: os.link(src, tmp)
     except OSError: shutil.copy(src, tmp)
     os.replace(tmp, dst)
+    tmp.unlink(missing_ok=True)   # where both were the same file already, replacing does nothing
 
 def save_checkpoint(
     out:Path,      # the run's folder
