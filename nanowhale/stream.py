@@ -104,7 +104,7 @@ class Blocks(IterableDataset):
         order = rng.permutation(len(packed['docs']))
         return {k: v.numpy().astype(np.int32)[order] for k,v in packed.items()}
 
-# %% ../nbs/10_stream.ipynb #bbe93fce
+# %% ../nbs/10_stream.ipynb #d638bfbe
 @contextmanager
 def starting_a_process():
     "Ctrl-C does not reach a process started inside, and its death will not interrupt a step: `next_block` notices it"
@@ -126,7 +126,8 @@ class Stream:
     ):
         if state: blocks.start = dict(number=state['number'], at=state['at'])
         options = dict(num_workers=1, prefetch_factor=ahead, multiprocessing_context='spawn') if ahead else {}
-        with starting_a_process(): self.loader = iter(DataLoader(blocks, batch_size=None, collate_fn=as_is, **options))
+        loader = DataLoader(blocks, batch_size=None, collate_fn=as_is, generator=torch.Generator(), **options)   # else it draws from the run's random numbers
+        with starting_a_process(): self.loader = iter(loader)
         self.begun = state or dict(number=0, at=None, used=0)
         self.used,self.block,self.waited,self.places,self.filled = state['used'] if state else 0,None,0.,0,0
 
