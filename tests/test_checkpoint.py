@@ -5,9 +5,8 @@
 """
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
-import pytest, torch
-import nanowhale.checkpoint as C
-from nanowhale.checkpoint import atomic_folder, checkpoints, drop_metrics, link, prune, read_metrics, save_checkpoint
+import pytest
+from nanowhale.checkpoint import atomic_folder, checkpoints, drop_metrics, link, prune, read_metrics
 from nanowhale.model import Whale
 from runs import DOOR, FAST, SMALL, fingerprint, jsonl, last_line, nanowhale, provenance, start, texts
 

@@ -81,7 +81,7 @@ def test_values_arrive(f, sep, monkeypatch):
     real = cli.with_values
     monkeypatch.setattr(cli, 'with_values', lambda g, values: spying(real(g, values), seen))
     assert cli.main(['train', *f'--{f.name.replace("_", "-")}{sep}{value}'.split(' ')])==0
-    assert got[f.name]==value and type(got[f.name])==type(value)
+    assert got[f.name]==value and isinstance(got[f.name], type(value))
     assert all(got[g.name] is None for g in dataclasses.fields(Recipe) if g is not f)   # the recipe decides
 
 def spying(command, seen):
@@ -149,8 +149,8 @@ def test_ctrl_c_saves(place):
     import signal, time
     d,_ = place
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TQDM_DISABLE': '1'}
-    p = subprocess.Popen([*DOOR, 'train', '--data', 'data.txt', '--steps', '100000', '--batch_size', '1', '--context', '32', '--out', 'cutshort'], cwd=d, env=env,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([*DOOR, 'train', '--data', 'data.txt', '--steps', '100000', '--batch_size', '1', '--context', '32', '--out', 'cutshort'],
+                         cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log,deadline = d/'cutshort'/'metrics.jsonl',time.time()+120
     while not (log.exists() and log.read_text().count('\n')>=2) and time.time()<deadline: time.sleep(0.2)
     p.send_signal(signal.SIGINT)
