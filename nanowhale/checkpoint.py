@@ -75,7 +75,7 @@ def write_json(
     "Write a JSON file in one stroke: never half of it"
     with atomic(path) as temp: temp.write_text(json.dumps(value, indent=2)+'\n')
 
-# %% ../nbs/15_checkpoint.ipynb #654bf881
+# %% ../nbs/15_checkpoint.ipynb #c0c267e0
 def checkpoints(
     out:Path,   # a run's folder
 ) -> list[Path]:
@@ -131,7 +131,7 @@ def prune(
 ):
     "Remove older checkpoints"
     for f in checkpoints(out)[:-keep]:
-        if f.name!=f'step-{best or 0:08}': shutil.rmtree(f)
+        if best is None or f.name!=f'step-{best:08}': shutil.rmtree(f)
 
 # %% ../nbs/15_checkpoint.ipynb #42dec20e
 class Stopped(KeyboardInterrupt):

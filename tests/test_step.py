@@ -1,0 +1,185 @@
+"""One step: half precision beside float32, what a skipped step leaves alone, and figures that add up"""
+import copy, math
+from dataclasses import asdict, replace
+import pytest, torch
+from torch.testing import assert_close
+import nanowhale.train as T
+from nanowhale.checkpoint import trainer_state
+from nanowhale.config import tiny
+from nanowhale.evaluate import evaluate
+from nanowhale.model import Whale
+from nanowhale.optim import make_optimizers
+from nanowhale.step import (CARD, RECIPES, Recipe, add_gradients, first_not_finite, get_recipe, gradient_norms, load_entropy, n_targets, part_of,
+    train_step)
+from runs import jsonl, metrics, texts
+
+def packed(n, T, V=300, seed=0):
+    "Random rows with document boundaries and padding in unequal places"
+    g = torch.Generator().manual_seed(seed)
+    docs = (torch.rand(n, T+1, generator=g)<0.15).cumsum(1)
+    docs[0,T//2:] = -1
+    return dict(input_ids=torch.randint(0, V, (n, T+1), generator=g), docs=docs)
+
+def small(**kw): return replace(tiny(vocab_size=300), num_hidden_layers=2, **kw)
+
+def whale_and_opts(recipe, seed=0):
+    torch.manual_seed(seed)
+    whale = Whale(small())
+    return whale, make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+
+def everything(whale, opts): return {**{k: v.clone() for k,v in whale.state_dict().items()}, **{k: v.clone() for k,v in trainer_state(whale, opts).items()}}
+
+def flat_grad(whale): return torch.cat([p.grad.flatten() for p in whale.parameters() if p.grad is not None])
+
+# ---------------------------------------------------------------- recipes
+
+def test_recipes_are_what_they_say():
+    card,whale = get_recipe('nanowhale_100m', 'card'),get_recipe('nanowhale_100m')
+    assert (card.steps, card.batch_size, card.accum, card.context, card.lr, card.warmup, card.weight_decay, card.clip, card.precision)==(
+        5000, 8, 4, 2048, 6e-4, 0.03, 0.1, 1.0, 'bf16')
+    assert card.decay==1 and not card.muon_lr and card.rows==32 and card.targets==65536
+    assert (whale.balance_weight, whale.bias_speed, whale.mtp_weight, whale.mtp_final)==(1e-4, 1e-3, 0.3, 0.1) and whale.muon_lr
+    assert whale.targets==card.targets and whale.data==card.data=='HuggingFaceFW/fineweb-edu'
+    assert all(asdict(r['card']).items()>=CARD.items() for r in RECIPES.values())
+    with pytest.raises(ValueError, match='choose one of'): get_recipe('tiny', 'cake')
+
+@pytest.mark.parametrize('bad', [dict(steps=0), dict(batch_size=-1), dict(lr=float('nan')), dict(clip=-1.), dict(precision='fp16'), dict(parallel='tensor'),
+    dict(keep=0), dict(patience=0)])
+def test_impossible_values(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))): Recipe(**bad)
+
+# ---------------------------------------------------------------- half precision
+
+def test_bf16_is_close_to_fp32_and_keeps_float32_weights():
+    rows,grads,losses = packed(6, 24),{},{}
+    for precision in ('fp32', 'bf16'):
+        whale,opts = whale_and_opts(Recipe())
+        sums,_,_ = add_gradients(whale, rows, 3, precision=precision)
+        losses[precision],grads[precision] = sums['loss'].item(),flat_grad(whale)
+        assert all(t.dtype==torch.float32 for t in [*whale.state_dict().values(), grads[precision]])
+    assert 0<abs(losses['bf16']-losses['fp32'])<0.01*losses['fp32']   # it did run in another precision
+    assert torch.cosine_similarity(*grads.values(), dim=0)>0.99
+
+def test_a_short_training_in_bf16_follows_fp32():
+    ends = {}
+    for precision in ('fp32', 'bf16'):
+        recipe = Recipe(steps=12, batch_size=4, precision=precision)
+        whale,opts = whale_and_opts(recipe)
+        ms = [train_step(whale, whale, opts, packed(8, 24, seed=i%2), recipe, i) for i in range(12)]
+        assert not any(m['skipped'] for m in ms) and ms[-1]['loss']<ms[0]['loss']-0.5
+        ends[precision] = evaluate(whale, packed(8, 24, seed=0))['loss']
+    assert abs(ends['bf16']-ends['fp32'])<0.05*ends['fp32']
+
+# ---------------------------------------------------------------- steps that are skipped
+
+@pytest.mark.parametrize('where', ['norm', 'one gradient', 'one row'])
+@pytest.mark.parametrize('muon_lr', [0., 0.02])
+def test_a_skipped_step_leaves_everything_alone(where, muon_lr, monkeypatch):
+    recipe = Recipe(steps=10, batch_size=2, muon_lr=muon_lr, bias_speed=0.01)
+    whale,opts = whale_and_opts(recipe)
+    rows = packed(4, 12)
+    for i in range(2): assert train_step(whale, whale, opts, rows, recipe, i)['skipped']==0   # so that the optimizers have a state
+    before = everything(whale, opts)
+    hooks = []
+    if where=='norm': hooks = [whale.model.norm.register_forward_hook(lambda m, a, out: out*float('inf'))]
+    if where=='one gradient': hooks = [whale.mtp[0].e_proj.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([0]), float('nan')))]
+    if where=='one row':   # of one of the two batches only
+        calls = []
+        def spoil(m, a, out): calls.append(1); return out*float('nan') if len(calls)==2 else out
+        hooks = [whale.model.embed_tokens.register_forward_hook(spoil)]
+    m = train_step(whale, whale, opts, rows, recipe, 2)
+    for h in hooks: h.remove()
+    after = everything(whale, opts)
+    assert m['skipped']==1 and before.keys()==after.keys() and all(torch.equal(v, after[k]) for k,v in before.items())
+    assert all(p.grad is None or not p.grad.any() for p in whale.parameters())   # and nothing is left for the next step
+    assert train_step(whale, whale, opts, rows, recipe, 3)['skipped']==0
+    assert any(not torch.equal(v, everything(whale, opts)[k]) for k,v in before.items())
+
+def test_the_step_after_a_skipped_one_is_the_step_without_it():
+    recipe = Recipe(steps=10, batch_size=2)
+    a,opts_a = whale_and_opts(recipe)
+    b,opts_b = copy.deepcopy(a),None
+    opts_b = make_optimizers(b, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+    h = a.lm_head.register_forward_hook(lambda m, args, out: out*float('nan'))
+    assert train_step(a, a, opts_a, packed(2, 8), recipe, 1)['skipped']
+    h.remove()
+    for whale,opts in ((a, opts_a), (b, opts_b)): train_step(whale, whale, opts, packed(4, 12), recipe, 2)
+    assert all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
+
+@pytest.mark.parametrize('name', ['model.layers.1.self_attn.q_b_proj', 'model.layers.0.mlp.experts', 'mtp.0.h_proj', 'lm_head'])
+def test_the_first_module_that_is_not_finite_is_named(name):
+    torch.manual_seed(0)
+    whale,rows = Whale(small()),packed(2, 8)
+    assert first_not_finite(whale, rows) is None
+    p = next(p for n,p in whale.get_submodule(name).named_parameters())
+    p.data.fill_(float('nan'))
+    found = first_not_finite(whale, rows)
+    assert found.startswith(name.rsplit('.', 1)[0] if 'experts' in name else name), found
+    assert not any(m._forward_hooks for m in whale.modules())
+
+def test_patience_ends_the_run_and_names_the_module(tmp_path, monkeypatch, capsys):
+    from nanowhale.cli import main
+    monkeypatch.setattr(T.Log, 'plot', lambda self: None)
+    (tmp_path/'a.jsonl').write_text(jsonl(texts()))
+    step = T.train_step
+    def spoil(net, whale, *rest):
+        if rest[-1]==3: whale.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: out*float('nan'))
+        return step(net, whale, *rest)
+    monkeypatch.setattr(T, 'train_step', spoil)
+    code = main(['train', '--data', str(tmp_path/'a.jsonl'), '--steps', '10', '--evals', '5', '--batch-size', '2', '--context', '32', '--patience', '4',
+                 '--out', str(tmp_path/'run')])
+    last = capsys.readouterr().err.strip().split('\n')[-1]
+    assert code==1 and '4 steps in a row' in last and 'model.layers.1.self_attn ' in last and 'up to step 6' in last, last
+    steps = metrics(tmp_path/'run')
+    assert [m['skipped'] for m in steps[:3]]==[0]*3 and all(m['skipped'] for m in steps[3:])
+    for f in T.Path(tmp_path/'run'/'checkpoints').iterdir(): assert all(v.isfinite().all() for v in Whale.from_pretrained(f).state_dict().values())
+
+# ---------------------------------------------------------------- figures
+
+def test_gradient_norms_add_up():
+    torch.manual_seed(0)
+    whale = Whale(small())
+    add_gradients(whale, packed(4, 12), 2, 0.3, 1e-4)
+    norms = gradient_norms(whale)
+    assert set(norms)=={'mtp', 'hyper', 'head', 'embed', 'attention', 'moe', 'collapse', 'norm'}
+    assert abs(math.hypot(*norms.values())-flat_grad(whale).norm().item())<1e-4*flat_grad(whale).norm().item()
+    for part in norms:
+        alone = torch.cat([p.grad.flatten() for n,p in whale.named_parameters() if part_of(n)==part])
+        assert abs(alone.norm().item()-norms[part])<1e-5*max(1, norms[part])
+
+def test_clipping_scales_the_whole_gradient():
+    "With AdamW's first step the scale cannot be seen, so look at the gradients that the optimizer is given"
+    for clip in (0.01, 1e9):
+        recipe = Recipe(clip=clip, batch_size=4)
+        whale,opts = whale_and_opts(recipe)
+        seen = {}
+        opts[0].register_step_pre_hook(lambda *a, seen=seen, whale=whale: seen.update(norm=flat_grad(whale).norm().item()))
+        m = train_step(whale, whale, opts, packed(4, 12), recipe, 0)
+        assert abs(seen['norm']-min(clip, m['grad_norm']))<1e-4*seen['norm']
+
+def test_targets_are_counted_as_the_losses_count_them():
+    rows = packed(5, 17)
+    docs = rows['docs']
+    want = [sum(docs[b,t]>=0 and docs[b,t]==docs[b,t-by] for b in range(5) for t in range(by, 18)) for by in (1, 2)]
+    assert n_targets(rows).tolist()==want
+
+def test_losses_are_means_over_the_targets_of_the_step():
+    torch.manual_seed(0)
+    whale,rows = Whale(small()),packed(5, 12)
+    with torch.no_grad(): out = whale(rows['input_ids'], labels=rows['input_ids'], docs=rows['docs'])
+    for size in (1, 2, 5):
+        sums,load,_ = add_gradients(whale, rows, size)
+        assert_close(torch.stack([sums['loss'], sums['mtp_loss']]).float(), torch.stack([out.loss, out.mtp_loss]), atol=1e-5, rtol=1e-5)
+        assert torch.equal(load, out.expert_load.double())
+
+def test_load_entropy():
+    assert abs(load_entropy(torch.ones(3, 4))-math.log(4))<1e-6
+    assert load_entropy(torch.tensor([[5., 0, 0, 0]]))==0
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    torch.manual_seed(0)
+    whale,rows = Whale(small()),packed(9, 20)
+    got = [evaluate(whale, rows, n_bytes=700, batch_size=n) for n in (1, 2, 4, 9, 100)]
+    for g in got[1:]:
+        for k in ('loss', 'mtp_loss', 'bits_per_byte', 'accuracy', 'entropy'): assert abs(g[k]-got[0][k])<1e-5*max(1, abs(got[0][k])), k
+        assert g['tokens']==got[0]['tokens'] and g['expert_load']==got[0]['expert_load']
