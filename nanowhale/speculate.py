@@ -75,7 +75,7 @@ class Drafter:
         self.cache.rewind(max(0, n-1))
         return torch.cat(drafts, 1), torch.cat(q, 1)
 
-# %% ../nbs/13_speculate.ipynb #8a7f12dd
+# %% ../nbs/13_speculate.ipynb #4e32134f
 def distributions(
     logits:Tensor,  # [B,n,V] of n tokens in a row
     drafts:Tensor,  # [B,n-1] all but the last of these tokens
@@ -93,11 +93,11 @@ def speculate(
     whale,                             # a `Whale` with an MTP block
     input_ids:Tensor,                  # [B,T] the prompts
     max_new_tokens:int=100,            # at most so many new tokens
-    temperature:float=1.0,             # this and the next four: as in `generate`
-    top_k:int=None,
-    top_p:float=None,
-    min_p:float=None,
-    repetition_penalty:float=1.0,
+    temperature:float=1.0,             # 0: greedy; this and the next four as in `generate`
+    top_k:int=None,                    # choose among so many
+    top_p:float=None,                  # choose among the likeliest that hold this probability
+    min_p:float=None,                  # choose among the not much less likely
+    repetition_penalty:float=1.0,      # above 1: fewer repeats; drafts count as seen
     eos_token_id:int|list='config',    # id or ids that end a row; 'config': the config's; None: nothing ends it
     attention_mask:Tensor=None,        # [B,T] 0 for padding on the left; see `left_pad`
     seed:int=None,                     # the same seed gives the same text, though not the text of `generate`

@@ -7,7 +7,9 @@ texts against transformers' `generate`, and streaming against decoding at once. 
 
 Each configuration reads a left-padded batch three times: a prompt and then one by one, in pieces of random sizes with wrong
 tokens read and taken back in between, and at once, by our full forward and by transformers'. Errors are relative to the largest logit
-(or 1), at every position that is no padding. In float64 too (one configuration in pytest), where a difference cannot be rounding.
+(or 1), at every position that is no padding. In float64 too (one configuration in pytest), where a difference cannot be
+rounding. `rounding` is how far our full forward in float32 lies from that in float64: some random weights amplify it beyond 1e-5, and
+then two float32 computations that add in another order may differ by as much. 1e-5 or four times it, if that is more, is allowed.
 """
 import argparse, copy, random
 from dataclasses import replace
@@ -162,11 +164,12 @@ def compare(seed, draw=0, T=300, floats=('', '64')):
     whale,hf = pair(cfg)
     ids,real = torch.randint(0, cfg.vocab_size, (B, T)),torch.arange(T)>=torch.tensor([min(p, T-10) for p in pads])[:,None]
     docs,got = real.long()-1,dict(seed=seed, cfg=cfg, B=B, again=bool(draw))
+    full = None
     def apart(a, b): return ((a-b)[real].abs().max()/b[real].abs().max().clamp(min=1)).item()
     for bits in floats:
         if bits: whale,hf = copy.deepcopy(whale).double(),copy.deepcopy(hf).double()
         with torch.inference_mode():
-            full = whale(ids, docs=docs).logits
+            before,full = full,whale(ids, docs=docs).logits
             if bits:
                 with no_downcast(): theirs = hf(ids, attention_mask=real.long(), use_cache=False).logits
             else: theirs = hf(ids, attention_mask=real.long(), use_cache=False).logits
@@ -174,9 +177,11 @@ def compare(seed, draw=0, T=300, floats=('', '64')):
         steps = torch.cat([by_pieces(whale, ids[:,:start], docs[:,:start], [start], 0), one_by_one(whale, ids, docs, start)[:,1:]], 1)
         got |= {'steps'+bits: apart(steps, full), 'pieces'+bits: apart(by_pieces(whale, ids, docs, sizes, spare), full), 'full_hf'+bits: apart(full, theirs)}
         if not bits: got['steps_hf'] = apart(steps, theirs)
+        elif before is not None: got['rounding'] = apart(before, full)
     return got
 
-def beyond(got): return [k for k,limit in LIMITS.items() if k in got and not got[k]<=limit]
+def allowed(got, what): return LIMITS[what] if what.endswith('64') else max(LIMITS[what], 4*got.get('rounding', 0))
+def beyond(got): return [k for k in LIMITS if k in got and not got[k]<=allowed(got, k)]
 
 def compare_twice(seed, **kw):
     "As in test_parity.py: once more with other weights if float32 alone is beyond its limit, since rounding does not return and a bug does"
@@ -440,9 +445,12 @@ def main():
     rows = [compare_twice(s) for s in range(a.seed, a.seed+a.n)]
     print(f'{a.n} configurations (seeds {a.seed} to {a.seed+a.n-1}), 300 positions each; drawn again: {[r["seed"] for r in rows if r["again"]] or "none"}')
     print(f'{"":10}{"allowed":>10}{"median":>10}{"worst":>10}  seed')
-    for what,limit in LIMITS.items():
+    for what in [*LIMITS, 'rounding']:
         rows.sort(key=lambda r: r[what])
-        print(f'{what:10}{limit:10.0e}{rows[len(rows)//2][what]:10.1e}{rows[-1][what]:10.1e}  {rows[-1]["seed"]}')
+        print(f'{what:10}{LIMITS.get(what, 0):10.0e}{rows[len(rows)//2][what]:10.1e}{rows[-1][what]:10.1e}  {rows[-1]["seed"]}')
+    over = [r for r in rows if any(r[k]>limit for k,limit in LIMITS.items())]
+    print(f'above 1e-5, where float32 itself is that coarse: {len(over)}')
+    for r in over: print(f'  seed {r["seed"]}: worst {max(r[k] for k in LIMITS if not k.endswith("64")):.1e}, rounding {r["rounding"]:.1e}')
     print('windows: ' + ', '.join(map(str, sorted({r["cfg"].sliding_window for r in rows}))))
     if bad := sorted(r['seed'] for r in rows if beyond(r)): raise SystemExit(f'FAILED for seeds {bad}')
 
