@@ -6,15 +6,15 @@
 __all__ = ['COMMANDS', 'VALUES', 'generate', 'chat', 'evaluate', 'info', 'with_values', 'usage', 'main', 'underscores',
            'complain']
 
-# %% ../nbs/20_cli.ipynb #c836d472
+# %% ../nbs/20_cli.ipynb #826d9734
 import inspect, os, sys
 from fastcore.docments import docments
 from fastcore.script import Param, anno_parser
-from .chat import ChatRun   # with it `train` knows conversations
+from .chat import Chat, talk   # with this chapter `train` knows conversations
 from .step import Recipe
 from .train import train
 
-# %% ../nbs/20_cli.ipynb #c8b224fb
+# %% ../nbs/20_cli.ipynb #0115ed1d
 def generate(
     prompt:Param('the text to go on from; none: read from standard input', str, opt=False, nargs='?')=None,
     model:str='whale',          # checkpoint folder
@@ -52,7 +52,6 @@ def chat(
     device:str=None,            # cpu, cuda ...; none: a GPU if there is one
 ):
     "Talk with a whale; /help lists what else can be typed"
-    from nanowhale.chat import Chat, talk
     from nanowhale.data import load_tokenizer
     from nanowhale.model import Whale
     from nanowhale.train import pick_device
