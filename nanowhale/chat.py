@@ -145,7 +145,7 @@ class ChatRun(Run):
 
 RUNS['chat'] = ChatRun
 
-# %% ../nbs/16_chat.ipynb #c0b45339
+# %% ../nbs/16_chat.ipynb #9d9f424e
 class Chat:
     "A conversation with a whale: its history, and the next answer"
     def __init__(self,
@@ -168,7 +168,8 @@ class Chat:
             ids = self.tok(render(self.tok, self.messages, add_generation_prompt=True), add_special_tokens=False, verbose=False).input_ids
             if len(ids)<=size: return ids
             later = [i for i,m in enumerate(self.messages) if m['role']=='user'][1:]
-            if not later: raise ValueError(f'this message is too long: it needs {len(ids)} tokens, and with {self.tokens} for the answer {max(0, size)} are left')
+            if not later:
+                raise ValueError(f'this message is too long: it needs {len(ids)} tokens, and beside {self.tokens} for the answer {max(0, size)} are left')
             self.messages = self.first+self.messages[later[0]:]
 
     def answer(self,

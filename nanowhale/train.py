@@ -7,7 +7,7 @@ __all__ = ['PEAKS', 'RUNS', 'free_folder', 'pick_device', 'keep_freed_memory', '
            'peak_flops', 'hardware', 'peak_memory', 'plot_losses', 'plot_load', 'Log', 'open_board', 'Run', 'measure',
            'model_card', 'begin', 'finish', 'train']
 
-# %% ../nbs/15_train.ipynb #656a26e2
+# %% ../nbs/15_train.ipynb #e401a43e
 import ctypes, json, platform, sys, time
 from dataclasses import asdict
 from itertools import islice
@@ -22,7 +22,7 @@ from .generate import generate
 from .model import Whale
 from .optim import make_optimizers
 from .parallel import from_first, local_device, my_rows, n_ranks, rank, ranks, spread, total
-from .step import Recipe, first_not_finite, get_recipe, train_step
+from .step import Recipe, first_not_finite, get_recipe, n_targets, train_step
 from .stream import Blocks, Stream, as_is, held_out_texts, pack_texts
 from .weights import read_file, read_json
 
@@ -200,7 +200,7 @@ def open_board(
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
     return SummaryWriter(folder)
 
-# %% ../nbs/15_train.ipynb #07da0456
+# %% ../nbs/15_train.ipynb #4d4481df
 class Run:
     "A run under way: model, optimizers, stream, and its state as JSON can hold it"
     held_out,fit_tokenizer,try_it = HeldOut,staticmethod(as_is),'generate "The assert statement"'   # other kinds of runs have others
@@ -234,6 +234,7 @@ class Run:
         self.log.step(m, waited)
         s = self.state
         s.update(step=s['step']+1, skipped=s['skipped']+m['skipped'], seconds=self.log.seconds, waited=s['waited']+waited)
+        if 'labels' in rows: s['targets'] = s.get('targets', 0)+int(n_targets(rows)[0])
         if self.stream: s.update(stream=self.stream.state(), places=s['places']+rows['docs'].numel(), filled=s['filled']+int((rows['docs']>=0).sum()))
         self.in_a_row = self.in_a_row+1 if m['skipped'] else 0
         if self.in_a_row==self.recipe.patience: self.give_up(rows)
@@ -279,7 +280,7 @@ class Run:
 
 RUNS = dict(text=Run)   # kind of data -> kind of run; chapter 16 adds conversations
 
-# %% ../nbs/15_train.ipynb #cf91d9e6
+# %% ../nbs/15_train.ipynb #4893634c
 def measure(
     run:Run,   # at its end
 ) -> dict:     # what was measured -> value
@@ -292,7 +293,7 @@ def measure(
         'held-out token accuracy': round(scores['accuracy'], 4),
         'xz -9e on the same text, bits per byte': round(xz_bits_per_byte(data), 4),
         'held-out bytes': run.held.n_bytes,
-        'targets seen in training': state['step']*run.recipe.targets,
+        'targets seen in training': state.get('targets') or state['step']*run.recipe.targets,
         'places of the rows that held a token': round(state['filled']/max(1, state['places']), 4),
         'tokens per second': round(state['step']*run.recipe.targets/max(1e-9, state['seconds'])),
         'minutes of training': round(state['seconds']/60, 2),
