@@ -7,8 +7,8 @@ __all__ = ['SKIP', 'KINDS', 'SQUEEZED', 'BOS', 'EOS', 'docstrings', 'embedded_co
            'text_of', 'first_line', 'find_files', 'documents', 'open_texts', 'read_texts', 'is_held_out',
            'split_held_out', 'train_tokenizer', 'load_tokenizer', 'encode', 'pack']
 
-# %% ../nbs/10_data.ipynb #4adfc0bc
-import ast,hashlib,sysconfig
+# %% ../nbs/10_data.ipynb #0e6e6805
+import ast,hashlib,json,sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
@@ -86,7 +86,7 @@ def read_file(
         if not local: raise OSError(f'{path} could not be read: {first_line(e)}') from None
         raise ValueError(f'{path} is not a readable {Path(path).suffix} file: {first_line(e)}') from None
 
-# %% ../nbs/10_data.ipynb #3ee95228
+# %% ../nbs/10_data.ipynb #a48c70a4
 class NoText(ValueError): "A row without text where it was looked for"
 
 def text_of(
@@ -96,6 +96,7 @@ def text_of(
 ) -> str:
     "`row[field]`, or an error that lists the fields there are"
     text = row.get(field)
+    if isinstance(text, list): text = json.dumps(text, ensure_ascii=False)   # a conversation
     if not isinstance(text, str): raise NoText(f'{source}: a row has no text in "{field}" (its fields: {", ".join(row)}); pass --field NAME')
     return text
 

@@ -37,7 +37,7 @@ def entropy(
     "Entropy in nats of the softmax of logits: the surprise that a model expects"
     return torch.special.entr(upcast(logits).softmax(-1)).sum(-1)
 
-# %% ../nbs/14_evaluate.ipynb #7c99e055
+# %% ../nbs/14_evaluate.ipynb #5cd86110
 def _check_rows(rows, batch_size):
     missing = 'input_ids' not in rows or not len(rows['input_ids'])
     if missing: raise ValueError('rows: need input_ids [n,T] with at least one row; is the held-out text empty?')
@@ -45,7 +45,7 @@ def _check_rows(rows, batch_size):
 
 def evaluate(
     whale,              # a `Whale`
-    rows:dict,          # input_ids [n,T], and docs [n,T] with -1 for padding; consecutive rows overlap by one token
+    rows:dict,          # input_ids [n,T], docs [n,T] with -1 for padding, labels [n,T] with -100 where a token is no target; the last two may be missing
     n_bytes:int=None,   # bytes of the text that the rows hold; None: no bits per byte
     batch_size:int=16,  # rows at a time; changes memory and speed, not the result
 ) -> dict:              # loss, mtp_loss (nats per token), bits_per_byte, accuracy, entropy, expert_load [blocks][E], tokens
@@ -58,9 +58,10 @@ def evaluate(
         for i in range(0, len(rows['input_ids']), batch_size):
             ids = rows['input_ids'][i:i+batch_size].to(device)
             doc = None if docs is None else docs[i:i+batch_size].to(device)
-            out = whale(ids, labels=ids, docs=doc)
-            targets = shift_labels(ids, 1, doc)
-            n,n_mtp = ((shift_labels(ids, by, doc)!=-100).sum().item() for by in (1,2))
+            labels = rows['labels'][i:i+batch_size].to(device) if 'labels' in rows else ids
+            out = whale(ids, labels=labels, docs=doc)
+            targets = shift_labels(labels, 1, doc)
+            n,n_mtp = ((shift_labels(labels, by, doc)!=-100).sum().item() for by in (1,2))
             tokens,nats,load = tokens+n, nats+n*out.loss.item(), load+out.expert_load.cpu().double()
             if out.mtp_loss is not None: mtp_tokens,mtp_nats = mtp_tokens+n_mtp, mtp_nats+n_mtp*out.mtp_loss.item()
             for z,y in zip(out.logits, targets):

@@ -97,7 +97,7 @@ def test_notebooks_leave_nothing_behind():
 def test_readme_regenerates_unchanged(): assert notebooks.write_readme(check=True)==0
 
 def test_readme_and_ci_agree_on_the_test_command():
-    command = "pip install -e '.[dev]' && nbdev_test && pytest -q tests"
+    command = "pip install -e '.[dev]' && nbdev_test && pytest -q -n 2 --dist loadfile tests"
     assert command in (ROOT/'README.md').read_text(encoding='utf-8')
     assert (ROOT/'.ci/run').read_text(encoding='utf-8').strip().endswith(command)
 
