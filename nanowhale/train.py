@@ -202,7 +202,7 @@ def open_board(
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
     return SummaryWriter(folder)
 
-# %% ../nbs/15_train.ipynb #0cb0c4f3
+# %% ../nbs/15_train.ipynb #b98296be
 class Run:
     "A run under way: model, optimizers, stream, and its state as JSON can hold it"
     held_out,fit_tokenizer,try_it = HeldOut,staticmethod(as_is),'generate "The assert statement"'   # other kinds of runs have others
@@ -227,6 +227,8 @@ class Run:
 
     def found(self, spec):
         "Nothing is written before there is a row to train on: a mistake leaves no folder behind"
+        n = self.recipe.rows
+        if n%n_ranks(): raise ValueError(f'{n} rows a step cannot be shared by {n_ranks()} processes: change --batch-size or --accum')
         if self.stream.block is None: self.stream.block = self.stream.next_block()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out/'run.json', spec)
