@@ -2,6 +2,7 @@
 
     python tests/measure.py default                    `nanowhale train` as a new user types it                results/tiny.json
     python tests/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
+    python tests/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
     python tests/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
     python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
@@ -75,6 +76,20 @@ def recipes(args):
             before = [step, bpb]
     record('recipes', share_of_the_tokens=share, runs=runs, hardware=runs[0]['hardware'])
 
+def tune(args):
+    "The tiny whale with each of some values of one field of its recipe, all else equal; the file keeps what was measured of other fields"
+    with tempfile.TemporaryDirectory() as d:
+        plans = [(v, seed, Path(d)/f'{v}-{seed}') for v in args.values for seed in range(args.seeds)]
+        at_once([['train', '--recipe', args.recipe, '--seed', seed, f'--{args.field}', v, '--out', out] for v,seed,out in plans])
+        runs = [dict(value=v, seed=seed, **summary(out, 10**9)) for v,seed,out in plans]
+    table = {v: [r['results']['held-out bits per byte'] for r in runs if r['value']==v] for v in args.values}
+    path = ROOT/'results'/'tuning.json'
+    earlier = json.loads(path.read_text())['tables'] if path.exists() else {}
+    entropy = {v: [r['load_entropy'] for r in runs if r['value']==v] for v in args.values}
+    one = dict(held_out_bits_per_byte=table, load_entropy=entropy, seeds=args.seeds, targets=runs[0]['results']['targets seen in training'],
+        hardware=runs[0]['hardware'])
+    record('tuning', tables=earlier | {f'{args.recipe}: {args.field}': dict(command=' '.join(['tests/measure.py', *sys.argv[1:]]), **one)})
+
 EVERYWHERE = '''
 import re, sys, torch, nanowhale.model as M, nanowhale.train as T
 from nanowhale.cli import main
@@ -124,6 +139,8 @@ if __name__=='__main__':
     sub = p.add_subparsers(required=True)
     sub.add_parser('default').set_defaults(f=default)
     a = sub.add_parser('recipes'); a.add_argument('--seeds', type=int, default=3); a.add_argument('--steps', type=int); a.set_defaults(f=recipes)
+    a = sub.add_parser('tune'); a.add_argument('field'); a.add_argument('values', nargs='+'); a.add_argument('--recipe', default='whale')
+    a.add_argument('--seeds', type=int, default=1); a.set_defaults(f=tune)
     a = sub.add_parser('precision'); a.add_argument('--steps', type=int, default=1000); a.add_argument('--seed', type=int, default=0)
     a.set_defaults(f=precision)
     a = sub.add_parser('full'); a.set_defaults(f=full)
