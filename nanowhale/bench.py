@@ -41,17 +41,17 @@ def alternate(
             times[name].append(time.perf_counter()-start)
     return {name: median(t[1:]) for name,t in times.items()}
 
-# %% ../nbs/18_bench.ipynb #f67f731d
+# %% ../nbs/18_bench.ipynb #f5838a01
 def ceilings(
     device:torch.device,  # of which to ask
     repeats:int=5,        # see `alternate`
-    side:int=None,        # of the matrices; None: 2,048 on a CPU, 8,192 on a GPU
+    side:int=None,        # of the matrices; None: 1,024 on a CPU, 8,192 on a GPU
 )->dict:                  # fp32 and bf16: FLOP/s of a large product; copy: bytes/s, read and written
     "The machine's own limits, measured"
-    n = side or (8192 if device.type=='cuda' else 2048)
+    n = side or (8192 if device.type=='cuda' else 1024)
     pairs = {name: torch.randn(2, n, n, device=device, dtype=dtype) for name,dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items()}
-    block,to = torch.ones(2, n*n*8, device=device)
-    took = alternate({name: lambda ab=ab: ab[0]@ab[1] for name,ab in pairs.items()} | dict(copy=lambda: to.copy_(block)), repeats, device)
+    block,to = torch.ones(2, 2**26, device=device)
+    took = alternate({name: lambda ab=ab: ab[0]@ab[1].mT for name,ab in pairs.items()} | dict(copy=lambda: to.copy_(block)), repeats, device)
     return {name: (2*block.nbytes if name=='copy' else 2*n**3)/s for name,s in took.items()}
 
 # %% ../nbs/18_bench.ipynb #a6c18af7
