@@ -7,7 +7,7 @@ __all__ = ['alternate', 'ceilings', 'make_sides', 'adamw', 'training_job', 'Cloc
            'in_fresh_process', 'token_bytes', 'measure_training', 'measure_writing', 'bench', 'table', 'add_to',
            'there_and_back', 'profile_step']
 
-# %% ../nbs/18_bench.ipynb #cb0bf0bd
+# %% ../nbs/18_bench.ipynb #79053a21
 import json, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -20,16 +20,16 @@ from .config import cache_bytes, count_flops, count_params, get_preset
 from .generate import evaluating, generate, next_logits
 from .hyper import collapse, mix
 from .model import Cache, Whale, geometry
-from .mtp import cross_entropy, shift_labels
+from .mtp import head_loss, shift_labels
 from .optim import make_optimizers
 from .step import cast
 from .train import hardware, keep_freed_memory, peak_memory, pick_device
 
-# %% ../nbs/18_bench.ipynb #e15839d4
+# %% ../nbs/18_bench.ipynb #5835a5f2
 def alternate(
     jobs:dict,              # name -> function without arguments
     repeats:int,            # rounds that count, after one that does not
-    device:torch.device=torch.device('cpu'),  # whose work to wait for
+    device:torch.device|None=None,   # a GPU to wait for
 )->dict:                    # name -> seconds, the median
     "Time several jobs in turns, so that what the machine does meanwhile hits all alike"
     times = {name: [] for name in jobs}
@@ -37,7 +37,7 @@ def alternate(
         for name,job in jobs.items():
             start = time.perf_counter()
             job()
-            if device.type=='cuda': torch.cuda.synchronize(device)
+            if device and device.type=='cuda': torch.cuda.synchronize(device)
             times[name].append(time.perf_counter()-start)
     return {name: median(t[1:]) for name,t in times.items()}
 
@@ -227,7 +227,7 @@ def bench(
     if out: add_to(out, res)
     return res
 
-# %% ../nbs/18_bench.ipynb #46b92e6e
+# %% ../nbs/18_bench.ipynb #6ea051a3
 def table(
     res:dict,  # from `bench`
 )->str:
@@ -241,7 +241,8 @@ def table(
         peer = res[what].get('transformers')
         for name,x in res[what].items():
             share = res['share'].get(what, {}).get(name)
-            lines.append(f"{what:10}{name:20}{x:>12,.1f} {unit:8}{'' if share is None else format(share, '.0%'):>5}{x/peer:>16.2f}" if peer else f'{what:10}{name:20}{x:>12,.1f} {unit}')
+            beside = '' if share is None else format(share, '.0%'),format(x/peer, '.2f') if peer else ''
+            lines.append(f'{what:10}{name:20}{x:>12,.1f} {unit:8}{beside[0]:>5}{beside[1]:>16}')
     if 'profile' in res: lines += ['']+[f'{part:12}{s*1000:>10.1f} ms {s/res["profile"]["step"]:>6.0%}' for part,s in res['profile'].items()]
     return '\n'.join(lines)
 
@@ -254,7 +255,7 @@ def add_to(
     old = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([r for r in old if kind(r)!=kind(res)]+[res], indent=1)+'\n')
 
-# %% ../nbs/18_bench.ipynb #b69e6152
+# %% ../nbs/18_bench.ipynb #664d0703
 def there_and_back(
     f,          # a function of the inputs, to a tensor
     *inputs,    # tensors
@@ -285,7 +286,7 @@ def profile_step(
         return mix(post, comb, X, collapse(pre, X))
     parts = dict(attention=there_and_back(lambda x: layer.self_attn(layer.input_layernorm(x), rope, mask), x),
         moe=there_and_back(lambda x: layer.mlp(layer.post_attention_layernorm(x))[0], x), hyper=there_and_back(hyper, X),
-        head=there_and_back(lambda x: cross_entropy(whale.lm_head(x), shift_labels(ids, 1)), x),
+        head=there_and_back(lambda x: head_loss(x, whale.lm_head.weight, shift_labels(ids, 1)), x),
         mtp=there_and_back(lambda X, x: whale.mtp[0](X, x, rope, mask)[0], X, x))
     def cast_job(job):
         with cast(device, precision): job()
