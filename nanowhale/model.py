@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trunk', 'init_weights', 'Cache', 'geometry', 'check_batch', 'Portable', 'WhaleOutput', 'Whale']
 
-# %% ../nbs/09_model.ipynb #231113aa
+# %% ../nbs/09_model.ipynb #dec3686a
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from .config import SIZES, WhaleConfig
 from .rope import rope_cos_sin
-from .mla import RMSNorm, KVCache, window_mask
+from .mla import RMSNorm, KVCache, row_mask, window_mask
 from .moe import bias_step
 from .hyper import HyperHead
 from .block import Block
@@ -93,19 +93,20 @@ class Cache:
         "Forget the last n tokens"
         for ring in [*self.layers, *([self.docs] if self.docs else [])]: ring.rewind(n)
 
-# %% ../nbs/09_model.ipynb #426e4311
+# %% ../nbs/09_model.ipynb #783c2af9
 def geometry(
     cfg,                     # a `WhaleConfig`
     ids:Tensor,              # [B,T] new tokens
     docs:Tensor|None=None,   # [B,T] document of each
     cache:Cache|None=None,   # what came before; its ring of documents is extended
-) -> tuple:                  # rope (cos, sin [T,R/2]), mask [B or 1,T,S]
+) -> tuple:                  # rope (cos, sin [T,R/2]), and the mask for `attend`
     "Where the new tokens stand and what they see; the same in every layer"
     start = cache.length if cache else 0
     pos = k_pos = torch.arange(start, start+ids.shape[1], device=ids.device)
     k_docs = docs
     if cache: k_pos,docs,k_docs = cache.look_back(ids, docs)
-    return rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta), window_mask(pos, k_pos, cfg.sliding_window, docs, k_docs)
+    W,rope = cfg.sliding_window,rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta)
+    return rope, window_mask(pos, k_pos, W, docs, k_docs) if start else row_mask(pos, W, docs)
 
 # %% ../nbs/09_model.ipynb #42f5c2b0
 def check_batch(
