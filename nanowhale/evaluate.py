@@ -37,7 +37,7 @@ def entropy(
     "Entropy in nats of the softmax of logits: the surprise that a model expects"
     return torch.special.entr(upcast(logits).softmax(-1)).sum(-1)
 
-# %% ../nbs/14_evaluate.ipynb #5cd86110
+# %% ../nbs/14_evaluate.ipynb #b4f63ff6
 def _check_rows(rows, batch_size):
     missing = 'input_ids' not in rows or not len(rows['input_ids'])
     if missing: raise ValueError('rows: need input_ids [n,T] with at least one row; is the held-out text empty?')
@@ -64,8 +64,8 @@ def evaluate(
             n,n_mtp = ((shift_labels(labels, by, doc)!=-100).sum().item() for by in (1,2))
             tokens,nats,load = tokens+n, nats+n*out.loss.item(), load+out.expert_load.cpu().double()
             if out.mtp_loss is not None: mtp_tokens,mtp_nats = mtp_tokens+n_mtp, mtp_nats+n_mtp*out.mtp_loss.item()
-            for z,y in zip(out.logits, targets):
-                z,y = z[y!=-100],y[y!=-100]
+            for h,y in zip(out.hidden, targets):
+                z,y = whale.lm_head(h[y!=-100]),y[y!=-100]     # the logits of one row at a time
                 right,expected = right+(z.argmax(-1)==y).sum().item(), expected+entropy(z).sum().item()
     if not tokens: raise ValueError('rows: no token has a predecessor in its document, so there is nothing to predict')
     return dict(loss=nats/tokens, mtp_loss=mtp_nats/mtp_tokens if mtp_tokens else None,

@@ -88,7 +88,7 @@ def draw(
     "One token id for each row, drawn from the softmax of its logits"
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:,0]
 
-# %% ../nbs/13_generate.ipynb #d39e8288
+# %% ../nbs/13_generate.ipynb #b43a20d1
 def next_logits(
     whale,                   # a `Whale`
     ids:Tensor,        # [B,T], the text so far
@@ -98,7 +98,7 @@ def next_logits(
     "Logits of the token after the last, running only the tokens that the cache has not seen"
     new = 0 if cache is None else cache.length
     docs = None if docs is None else docs[:,new:]
-    return whale(ids[:,new:], docs=docs, cache=cache).logits[:,-1]
+    return whale.lm_head(whale(ids[:,new:], docs=docs, cache=cache).hidden[:,-1])
 
 # %% ../nbs/13_generate.ipynb #ecbd4304
 def _check(ok, message):

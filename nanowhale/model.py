@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Trunk', 'init_weights', 'Cache', 'geometry', 'check_batch', 'Portable', 'WhaleOutput', 'Whale']
 
-# %% ../nbs/09_model.ipynb #8d11e3e9
+# %% ../nbs/09_model.ipynb #dec3686a
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import torch
 from torch import nn, Tensor
 from .config import SIZES, WhaleConfig
 from .rope import rope_cos_sin
-from .mla import RMSNorm, KVCache, window_mask
+from .mla import RMSNorm, KVCache, row_mask, window_mask
 from .moe import bias_step
 from .hyper import HyperHead
 from .block import Block
-from .mtp import MTPBlock, shift_labels, next_embeddings, cross_entropy
+from .mtp import MTPBlock, shift_labels, next_embeddings, head_loss
 from .weights import FLOAT32, atomic, check_keys, find_folder, n_mtp, translate, write_weights
 from .legacy import read_model
 
@@ -92,19 +93,20 @@ class Cache:
         "Forget the last n tokens"
         for ring in [*self.layers, *([self.docs] if self.docs else [])]: ring.rewind(n)
 
-# %% ../nbs/09_model.ipynb #426e4311
+# %% ../nbs/09_model.ipynb #783c2af9
 def geometry(
     cfg,                     # a `WhaleConfig`
     ids:Tensor,              # [B,T] new tokens
     docs:Tensor|None=None,   # [B,T] document of each
     cache:Cache|None=None,   # what came before; its ring of documents is extended
-) -> tuple:                  # rope (cos, sin [T,R/2]), mask [B or 1,T,S]
+) -> tuple:                  # rope (cos, sin [T,R/2]), and the mask for `attend`
     "Where the new tokens stand and what they see; the same in every layer"
     start = cache.length if cache else 0
     pos = k_pos = torch.arange(start, start+ids.shape[1], device=ids.device)
     k_docs = docs
     if cache: k_pos,docs,k_docs = cache.look_back(ids, docs)
-    return rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta), window_mask(pos, k_pos, cfg.sliding_window, docs, k_docs)
+    W,rope = cfg.sliding_window,rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta)
+    return rope, window_mask(pos, k_pos, W, docs, k_docs) if start else row_mask(pos, W, docs)
 
 # %% ../nbs/09_model.ipynb #42f5c2b0
 def check_batch(
@@ -187,18 +189,24 @@ class Portable:
             tmp.write_text(json.dumps(config, indent=2)+'\n', encoding='utf-8')
             write_weights(self.state_dict(), folder, max_shard_size)
 
-# %% ../nbs/09_model.ipynb #8ee31fee
+# %% ../nbs/09_model.ipynb #35344339
 @dataclass
 class WhaleOutput:
     "What one forward pass returns; None for what was not asked for"
-    logits: Tensor|None = None        # [B,T,V] scores of the next token
+    hidden: Tensor|None = None        # [B,T,D] what the head reads
+    head: nn.Module|None = field(default=None, repr=False)   # the head that reads it
     loss: Tensor|None = None          # [] main cross-entropy in nats per label; needs labels
     mtp_loss: Tensor|None = None      # [] cross-entropy of the token after next; needs labels and an MTP block
     balance_loss: Tensor|None = None  # [] sequence-wise balance losses, summed over the blocks
     expert_load: Tensor|None = None   # [blocks,E] tokens that went to each expert; the MTP block comes last, if it ran
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
-# %% ../nbs/09_model.ipynb #2308a34c
+    @cached_property
+    def logits(self):
+        "[B,T,V] scores of the next token, computed when first asked for: a training step never needs them"
+        return self.head(self.hidden)
+
+# %% ../nbs/09_model.ipynb #88566704
 class Whale(Portable, nn.Module):
     "DeepSeek-V4 in small, under the state-dict keys of transformers' `DeepseekV4ForCausalLM` plus `mtp.0.*`"
     def __init__(self,
@@ -216,18 +224,18 @@ class Whale(Portable, nn.Module):
         docs:Tensor|None=None,    # [B,T] document of each token, -1 for padding; None: each row is one document
         cache:Cache|None=None,    # what came before; extended by these tokens
     ) -> WhaleOutput:
-        "Logits of the next token; with labels also the losses"
+        "What the head reads of each token, and with labels the losses; `.logits` of the output are computed only when used"
         check_batch(self.cfg.vocab_size, input_ids, labels, docs)
         if cache and labels is not None: raise ValueError('labels: they do not go with a cache; pass whole rows')
         rope,mask = geometry(self.cfg, input_ids, docs, cache)
         e = self.model.embed_tokens(input_ids)
         X,routings = self.model(e, rope, mask, cache.layers if cache else [None]*len(self.model.layers))
-        out = WhaleOutput(self.lm_head(self.model.norm(self.model.hc_head(X))), streams=X)
+        out = WhaleOutput(self.model.norm(self.model.hc_head(X)), self.lm_head, streams=X)
         if labels is not None:
-            out.loss = cross_entropy(out.logits, shift_labels(labels, 1, docs))
+            out.loss = head_loss(out.hidden, self.lm_head.weight, shift_labels(labels, 1, docs))
             for block in self.mtp:
                 h,routing = block(X, next_embeddings(e, docs), rope, mask)
-                out.mtp_loss = cross_entropy(self.lm_head(h), shift_labels(labels, 2, docs))
+                out.mtp_loss = head_loss(h, self.lm_head.weight, shift_labels(labels, 2, docs))
                 routings.append(routing)
         out.balance_loss = torch.stack([r.balance_loss for r in routings]).sum()
         out.expert_load = torch.stack([r.load for r in routings])

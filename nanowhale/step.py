@@ -146,7 +146,7 @@ def add_gradients(
     both = total(torch.cat([sums.double(), load.flatten().double()]))
     return dict(zip(('loss', 'mtp_loss', 'balance_loss'), both)), both[3:].view_as(load), mixes
 
-# %% ../nbs/15_step.ipynb #1fc6008b
+# %% ../nbs/15_step.ipynb #467cdf77
 def first_not_finite(
     whale:Whale,             # the model
     batch:dict[str, Tensor], # input_ids and docs that gave it
@@ -161,7 +161,7 @@ def first_not_finite(
         return hook
     hooks = [m.register_forward_hook(note(n)) for n,m in whale.named_modules() if n]
     try:
-        with torch.no_grad(), cast(batch['docs'].device, precision): whale(batch['input_ids'], labels=batch['input_ids'], docs=batch['docs'])
+        with torch.no_grad(), cast(batch['docs'].device, precision): whale(batch['input_ids'], labels=batch['input_ids'], docs=batch['docs']).logits
     finally:
         for h in hooks: h.remove()
     return found[0] if found else None

@@ -520,10 +520,10 @@ def _(m): everywhere(m, mtp.next_embeddings, lambda e, docs=None: torch.zeros_li
 def _(m): wrap(m, mtp.MTPBlock, 'forward', lambda real, self, X, *a, **kw: real(self, X.mean(2, keepdim=True).expand_as(X), *a, **kw))
 
 @bug(12, 'loss divided by all positions, not by the targets', the_loss_is_the_mean_over_targets)
-def _(m): everywhere(m, mtp.cross_entropy, lambda z, y: F.cross_entropy(z.flatten(0,1), y.flatten(), reduction='sum')/y.numel())
+def _(m): everywhere(m, mtp.head_loss, lambda h, W, y: F.cross_entropy((h@W.T).flatten(0,1), y.flatten(), reduction='sum')/y.numel())
 
 @bug(12, 'no target at all: 0/0', the_loss_is_the_mean_over_targets)
-def _(m): everywhere(m, mtp.cross_entropy, lambda z, y: F.cross_entropy(z.flatten(0,1), y.flatten()))
+def _(m): everywhere(m, mtp.head_loss, lambda h, W, y: F.cross_entropy((h@W.T).flatten(0,1), y.flatten()))
 
 # ---------------------------------------------------------------- documents and padding
 

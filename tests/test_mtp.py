@@ -2,12 +2,12 @@
 import random
 from contextlib import contextmanager
 from unittest.mock import patch
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
 import nanowhale.model
 from nanowhale.config import WhaleConfig, count_flops, count_params, nanowhale_100m
 from nanowhale.model import Whale, geometry
-from nanowhale.mtp import MTPBlock, cross_entropy, next_embeddings, shift_labels
+from nanowhale.mtp import MTPBlock, head_loss, next_embeddings, shift_labels
 
 def small(**kw):
     return WhaleConfig(**dict(dict(
@@ -62,17 +62,50 @@ def test_next_embeddings_pass_gradients_on():
     next_embeddings(e, torch.tensor([[0,0,1,1,1]])).sum().backward()
     assert_close(e.grad[0,:,0], torch.tensor([0.,1,0,1,1]))
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('int_dtype', [torch.int64, torch.int32])
-def test_cross_entropy(dtype, int_dtype):
-    logits,labels = torch.randn(2,3,7, dtype=dtype, requires_grad=True),torch.tensor([[1,-100,6],[-100,-100,0]], dtype=int_dtype)
-    loss = cross_entropy(logits, labels)
-    assert loss.dtype==torch.promote_types(dtype, torch.float32)
-    logp = logits.to(loss.dtype).log_softmax(-1)
-    assert_close(loss, -(logp[0,0,1]+logp[0,2,6]+logp[1,2,0])/3)
-    none = cross_entropy(logits, torch.full((2,3), -100, dtype=int_dtype))
-    none.backward()
-    assert none==0 and (logits.grad==0).all()
+def naive_loss(h, W, labels):
+    logits = F.linear(h, W)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0,1)
+    return F.cross_entropy(logits, labels.flatten().long(), reduction='sum')/(labels!=-100).sum().clamp(min=1)
+
+def loss_and_grads(f, h, W, labels, autocast=False):
+    h,W = h.detach().requires_grad_(),W.detach().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast): loss = f(h, W, labels)
+    (0.3*loss).backward()
+    return loss.detach(), h.grad, W.grad
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('int_dtype,V', [(torch.int64, 7), (torch.int32, 7), (torch.int64, 2**22)])   # one slice; slices of eight rows
+def test_head_loss(dtype, int_dtype, V):
+    torch.manual_seed(0)
+    shape = (2,13) if V==7 else (1,10)
+    h,W = torch.randn(*shape, 3, dtype=dtype),torch.randn(V, 3, dtype=dtype)
+    labels = torch.randint(0, V, shape, dtype=int_dtype).masked_fill(torch.rand(shape)<0.2, -100)
+    labels[0,1],labels[0,2] = -100,labels[0,0]
+    fast,slow,exact = (loss_and_grads(f, *hW, labels) for f,hW in ((head_loss, (h, W)), (naive_loss, (h, W)), (naive_loss, (h.double(), W.double()))))
+    for f,s,e in zip(fast, slow, exact):
+        assert f.dtype==dtype
+        assert (f-e).norm()<=2*(s-e).norm()+(1e-12 if dtype==torch.float64 else 1e-6)*e.norm()
+    none = loss_and_grads(head_loss, h, W, torch.full(shape, -100, dtype=int_dtype))
+    assert all((t==0).all() for t in none)
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_head_loss_in_bf16_is_no_worse_than_the_naive_one(autocast):
+    torch.manual_seed(0)
+    h,W,labels = torch.randn(2, 40, 24),torch.randn(300, 24),torch.randint(0, 300, (2,40))
+    exact = loss_and_grads(naive_loss, h.double(), W.double(), labels)
+    if not autocast: h,W = h.bfloat16(),W.bfloat16()
+    fast,slow = (loss_and_grads(f, h, W, labels, autocast) for f in (head_loss, naive_loss))
+    assert fast[0].dtype==torch.float32
+    for f,s,e in zip(fast, slow, exact): assert f.dtype==s.dtype and (f-e).norm()<=1.05*(s-e).norm()+1e-3*e.norm()
+
+def test_head_loss_keeps_no_logits_and_needs_no_gradient():
+    h,W,labels = torch.randn(1, 64, 4),torch.randn(2**20, 4),torch.randint(0, 9, (1,64))
+    with torch.no_grad(): quiet = head_loss(h, W, labels)
+    assert not quiet.requires_grad
+    assert_close(quiet, loss_and_grads(head_loss, h, W, labels)[0])
+    loss = head_loss(h.requires_grad_(), W.requires_grad_(), labels)
+    kept = loss.grad_fn.next_functions[0][0]
+    assert type(kept).__name__=='LinearCrossEntropyBackward' and sum(t.numel() for t in kept.saved_tensors)==h.numel()+W.numel()
 
 def test_block_is_v3s_formula():
     "Two D x D matrices are V3's one D x 2D matrix on the concatenation (eq. 21), per stream"

@@ -100,7 +100,7 @@ def test_the_step_after_a_skipped_one_is_the_step_without_it():
     a,opts_a = whale_and_opts(recipe)
     b,opts_b = copy.deepcopy(a),None
     opts_b = make_optimizers(b, recipe.lr, recipe.muon_lr, recipe.weight_decay)
-    h = a.lm_head.register_forward_hook(lambda m, args, out: out*float('nan'))
+    h = a.model.norm.register_forward_hook(lambda m, args, out: out*float('nan'))
     assert train_step(a, a, opts_a, packed(2, 8), recipe, 1)['skipped']
     h.remove()
     for whale,opts in ((a, opts_a), (b, opts_b)): train_step(whale, whale, opts, packed(4, 12), recipe, 2)
