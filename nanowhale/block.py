@@ -5,30 +5,36 @@
 # %% auto #0
 __all__ = ['Block']
 
-# %% ../nbs/06_block.ipynb #5817c52f
+# %% ../nbs/06_block.ipynb #315ae5a6
 from torch import nn, Tensor
+from .config import SWA
 from .mla import Attention, KVCache, RMSNorm
+from .compress import CompressedAttention
 from .moe import MoE
 from .hyper import HyperConnection, collapse, mix
 
-# %% ../nbs/06_block.ipynb #5a69e0c9
+# %% ../nbs/06_block.ipynb #960e76f7
 class Block(nn.Module):
     "Attention, then the experts, each attached to the streams by a hyper-connection (V4 paper section 2)"
     def __init__(self,
-        cfg): # a `WhaleConfig`
+        cfg,                # a `WhaleConfig`
+        attention:str=SWA,  # kind of attention, one of its `layer_types`
+        mlp:str='moe'):     # kind of feed-forward part, one of its `mlp_layer_types`
         super().__init__()
         D,eps = cfg.hidden_size,cfg.rms_norm_eps
-        self.attn_hc,self.input_layernorm,self.self_attn = HyperConnection(cfg),RMSNorm(D, eps),Attention(cfg)
-        self.ffn_hc,self.post_attention_layernorm,self.mlp = HyperConnection(cfg),RMSNorm(D, eps),MoE(cfg)
+        attend = Attention(cfg) if attention==SWA else CompressedAttention(cfg, attention)
+        self.attn_hc,self.input_layernorm,self.self_attn = HyperConnection(cfg),RMSNorm(D, eps),attend
+        self.ffn_hc,self.post_attention_layernorm,self.mlp = HyperConnection(cfg),RMSNorm(D, eps),MoE(cfg, mlp)
     def forward(self,
         X:Tensor,                   # [B,T,N,D] streams
         rope:tuple[Tensor,Tensor],  # cos and sin [T,R/2] at the tokens' positions
-        mask:Tensor,                # [B or 1,T,S] True where a query sees a key
+        mask:Tensor,                # [B or 1,T,S] True where a query sees a key; for compressed attention its `Blocks`
         cache:KVCache|None=None,    # this layer's keys = values while generating
+        ids:Tensor|None=None,       # [B,T] the tokens themselves; for experts chosen by a table
     )->tuple:                       # streams [B,T,N,D], and the experts' `Routing`
         pre,post,comb = self.attn_hc(X)
         y = self.self_attn(self.input_layernorm(collapse(pre, X)), rope, mask, cache)
         X = mix(post, comb, X, y)
         pre,post,comb = self.ffn_hc(X)
-        y,routing = self.mlp(self.post_attention_layernorm(collapse(pre, X)))
+        y,routing = self.mlp(self.post_attention_layernorm(collapse(pre, X)), ids)
         return mix(post, comb, X, y), routing

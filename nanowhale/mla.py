@@ -46,21 +46,23 @@ def window_mask(
     if q_doc is None: return mask
     return mask & (q_doc[...,:,None]==(q_doc if k_doc is None else k_doc)[...,None,:])
 
-# %% ../nbs/02_mla.ipynb #fa59f706
+# %% ../nbs/02_mla.ipynb #2a0e5086
 def attend_dense(
     q:Tensor,      # [B,T,H,K] queries, rotated
     kv:Tensor,     # [B,S,K] shared keys = values, rotated
     sinks:Tensor,  # [H] learned logit of each head's sink
     mask:Tensor,   # [B or 1,T,S] True where a query sees a key
+    lse:bool=False,   # return the logarithm of the softmax's denominator as well? [B,T,H], sink included, without a gradient
 ) -> Tensor:       # [B,T,H,K] averages of the values, still rotated
     "Attention with one shared key = value and a sink in the denominator (V4 eq. 27); softmax in float32 or better"
     scores = upcast(torch.einsum('bthk,bsk->bths', q, kv))*q.shape[-1]**-0.5
     scores = scores.masked_fill(~mask[:,:,None], float('-inf'))
     sink = sinks.to(scores.dtype)[:,None].expand(*q.shape[:3], 1)
-    p = torch.cat([scores, sink], -1).softmax(-1)[...,:-1]
-    return torch.einsum('bths,bsk->bthk', p.to(kv.dtype), kv)
+    z = torch.cat([scores, sink], -1)
+    o = torch.einsum('bths,bsk->bthk', z.softmax(-1)[...,:-1].to(kv.dtype), kv)
+    return (o, z.detach().logsumexp(-1)) if lse else o
 
-# %% ../nbs/02_mla.ipynb #ce01e262
+# %% ../nbs/02_mla.ipynb #58bbaf6f
 class SinkAttention(torch.autograd.Function):
     "`attend_dense` by PyTorch's fused kernel for the CPU: no scores in memory, forward or backward"
     @staticmethod
@@ -71,10 +73,11 @@ class SinkAttention(torch.autograd.Function):
         total = torch.logaddexp(lse, sinks.to(lse.dtype)[:,None])
         o = (o*(lse-total).exp()[...,None]).to(q.dtype)
         ctx.save_for_backward(q, kv, sinks, mask, o, total)
-        return o
+        ctx.mark_non_differentiable(total)
+        return o, total
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
+    def backward(ctx, d, _):
         q,kv,sinks,mask,o,total = ctx.saved_tensors
         k,d = kv[:,None].expand(-1, q.shape[1], -1, -1),d.to(q.dtype)
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -82,7 +85,7 @@ class SinkAttention(torch.autograd.Function):
         share = (sinks.to(total.dtype)[:,None]-total).exp()
         return dq, upcast(dk).add_(dv).sum(1).to(kv.dtype), -(share*upcast(d*o).sum(-1)).sum((0,2)).to(sinks.dtype), None
 
-# %% ../nbs/02_mla.ipynb #a6393b19
+# %% ../nbs/02_mla.ipynb #9d493896
 FAR_BELOW = -1e30   # added to the score of a key that must not be seen
 
 def attend(
@@ -92,19 +95,21 @@ def attend(
     mask:Tensor|None=None,     # [B or 1,T,S] True where a query sees a key; [B or 1,n,w,2*w] in blocks, see `row_mask`; None: causal
     far:Tensor|None=None,      # [B,C,K] entries beyond the window, under the same softmax
     far_mask:Tensor|None=None, # [B or 1,T,C] True where a query sees one
+    lse:bool=False,            # as in `attend_dense`
 ) -> Tensor:                   # [B,T,H,K] averages of the values, still rotated
     "`attend_dense`, by a fused kernel where there is one, and in blocks where the mask is"
     dense = q.device.type!='cpu' or not q.numel()   # the kernel is the CPU's, and divides by the number of queries
     if mask is None and (far is not None or dense): mask = q.new_ones(1, q.shape[1], kv.shape[1], dtype=torch.bool).tril()
-    if mask is not None and mask.ndim==4: return attend_blocks(q, kv, sinks, mask, far, far_mask)
+    if mask is not None and mask.ndim==4: return attend_blocks(q, kv, sinks, mask, far, far_mask, lse)
     if far is not None:
         B = max(len(mask), len(far_mask))
         kv,mask = torch.cat([kv, far], 1),torch.cat([mask.expand(B, -1, -1), far_mask.expand(B, -1, -1)], -1)
-    if dense: return attend_dense(q, kv, sinks, mask)
+    if dense: return attend_dense(q, kv, sinks, mask, lse)
     if mask is not None: mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, FAR_BELOW)[:,None]
-    return SinkAttention.apply(q.transpose(1,2), kv.to(q.dtype), sinks, mask).transpose(1,2)
+    o,total = (x.transpose(1,2) for x in SinkAttention.apply(q.transpose(1,2), kv.to(q.dtype), sinks, mask))
+    return (o, total) if lse else o
 
-# %% ../nbs/02_mla.ipynb #44f57d0d
+# %% ../nbs/02_mla.ipynb #8629bbfa
 def row_mask(
     pos:Tensor,              # [T] positions of the tokens of whole rows, one after the other
     window:int,              # W, tokens that a query sees, itself among them
@@ -128,6 +133,7 @@ def attend_blocks(
     mask:Tensor,           # [B or 1,n,w,2*w] from `row_mask`
     far:Tensor|None=None,  # [B,C,K] as in `attend`
     far_mask:Tensor|None=None,  # [B or 1,T,C]
+    lse:bool=False,        # as in `attend_dense`
 ) -> Tensor:               # [B,T,H,K]
     "Every block of queries with its own keys and those of the block before"
     (B,T),(n,w) = q.shape[:2],mask.shape[1:3]
@@ -136,11 +142,14 @@ def attend_blocks(
     kv = fold(kv)
     kv = torch.cat([F.pad(kv, (0,0,0,0,1,0))[:,:-1], kv], 2).flatten(0,1)
     if far is not None: far,far_mask = rows(far[:,None].expand(-1, n, -1, -1)),rows(fold(far_mask))
-    return attend(fold(q).flatten(0,1), kv, sinks, rows(mask), far, far_mask).unflatten(0, (B,n)).flatten(1,2)[:,:T]
+    o = attend(fold(q).flatten(0,1), kv, sinks, rows(mask), far, far_mask, lse)
+    whole = lambda x: x.unflatten(0, (B,n)).flatten(1,2)[:,:T]
+    return tuple(map(whole, o)) if lse else whole(o)
 
-# %% ../nbs/02_mla.ipynb #ea3d9caf
+# %% ../nbs/02_mla.ipynb #feb5d537
 class KVCache:
     "A ring of keys = values of one layer: position p lies in slot p modulo the size, and nothing ever moves"
+    kind = 'sliding_attention'
     def __init__(self,
         window:int,     # W, tokens that a query sees, itself among them
         spare:int=0):   # slots beyond the window; passes of 1+spare tokens fit in, and can be taken back

@@ -93,8 +93,8 @@ class Muon(torch.optim.Optimizer):
         m = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
         return m.mul_(momentum).add_(p.grad).mul(momentum).add_(p.grad)
 
-# %% ../nbs/11_optim.ipynb #4374ff62
-TABLES = ('embed_tokens', 'lm_head')   # one row a token: not a map between directions
+# %% ../nbs/11_optim.ipynb #c1aa21b9
+TABLES = ('embed_tokens', 'lm_head', 'position_bias')   # one row a token, or a place in a block: no map between directions
 
 def split_params(
     model:nn.Module,   # a `Whale`

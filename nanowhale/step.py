@@ -18,7 +18,7 @@ from .mtp import shift_labels
 from .optim import schedule, whole
 from .parallel import exchanging, my_rows, n_ranks, total
 
-# %% ../nbs/15_step.ipynb #acbf6de8
+# %% ../nbs/15_step.ipynb #c1384cf8
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained; every value is saved with the run"
@@ -37,6 +37,8 @@ class Recipe:
     mtp_weight: float = 0.3        # weight of the MTP loss until the learning rate falls (V4 section 4.2.2); 0: no MTP block
     mtp_final: float = 0.1         # and from then on
     balance_weight: float = 1e-4   # weight of the sequence-wise balance loss (V4 section 4.2.2)
+    indexer_weight: float = 1.0    # weight of the indexers' loss, which reaches nothing but the indexers (V3.2 section 2.1.1)
+    dense: float = 0.3             # share of the run, at its start, in which queries see all entries and indexers only learn
     bias_speed: float = 1e-3       # step of the router's bias (V4 section 4.2.2)
     init_std: float = 0.02         # standard deviation of the first weights
     data: str|None = None          # .txt, .jsonl or .parquet (.gz, .zst), folder, address, or Hub dataset; none: the English that ships with Python
@@ -68,7 +70,7 @@ class Recipe:
     @property
     def targets(self): return self.rows*self.context       # of one step
 
-# %% ../nbs/15_step.ipynb #61c947c0
+# %% ../nbs/15_step.ipynb #f69eb790
 SIZES = dict(   # preset -> what depends on its size alone
     tiny=dict(),
     nanowhale_100m=dict(steps=5000, batch_size=8, accum=4, context=2048, precision='bf16', evals=20, ahead=2,
@@ -80,6 +82,7 @@ RECIPES = dict(   # preset -> name -> recipe
     nanowhale_100m=dict(whale=Recipe(**SIZES['nanowhale_100m'], lr=3e-3, muon_lr=5e-3, warmup=0.03),
         card=Recipe(**SIZES['nanowhale_100m'], **CARD, lr=6e-4),
         chat=Recipe(**SIZES['nanowhale_100m'] | dict(steps=500, evals=5, data=None, tokenizer=None), **CHAT, lr=1e-4)))
+RECIPES |= dict(tiny_v4=RECIPES['tiny'], nanowhale_v4=RECIPES['nanowhale_100m'])   # of equal size, so far without values of their own
 
 def get_recipe(
     preset:str,       # of the model
@@ -120,7 +123,7 @@ def cast(
     "A context in which matrix products run in bfloat16, or in which nothing changes"
     return torch.autocast(device.type, torch.bfloat16) if precision=='bf16' else nullcontext()
 
-# %% ../nbs/15_step.ipynb #fdeed51e
+# %% ../nbs/15_step.ipynb #29492a73
 def add_gradients(
     net:nn.Module,           # a `Whale`, or what `spread` made of it; its gradients are added to
     rows:dict[str, Tensor],  # input_ids and docs [n,T+1]: this process's rows of the step
@@ -128,7 +131,9 @@ def add_gradients(
     mtp_weight:float=0.3,    # of the MTP loss
     balance_weight:float=0., # of the balance loss
     precision:str='fp32',    # of the matrix products
-) -> tuple[dict, Tensor, dict]:  # main, mtp and balance loss; [blocks,E] expert load, over all processes; what `watching_mixes` saw
+    indexer_weight:float=1., # of the indexers' loss
+    sparse:bool=True,        # may indexers choose?
+) -> tuple[dict, Tensor, dict]:  # main, mtp, balance and, if there are indexers, their loss; [blocks,E] expert load, over all processes; what `watching_mixes` saw
     "Gradients of one step's loss, a mean over all its targets however they are spread over batches and processes"
     batches = [dict(zip(rows, part)) for part in zip(*(v.split(batch_size) for v in rows.values()))]
     counts,n = torch.stack([n_targets(b) for b in batches]).double(),len(rows['docs'])*n_ranks()
@@ -137,14 +142,16 @@ def add_gradients(
     for i,(batch,share) in enumerate(zip(batches, shares.float())):
         watch = nullcontext(mixes) if i else watching_mixes(net)
         with cast(share.device, precision), exchanging(net, i==len(batches)-1), watch as mixes:
-            out = net(batch['input_ids'], labels=batch.get('labels', batch['input_ids']), docs=batch['docs'])
-            parts = torch.stack([out.loss, out.loss.new_zeros(()) if out.mtp_loss is None else out.mtp_loss, out.balance_loss])
-            parts = parts*torch.cat([share, share.new_tensor([len(batch['docs'])/n])])
-            weights = parts.new_tensor([1., mtp_weight, balance_weight])
+            out = net(batch['input_ids'], labels=batch.get('labels', batch['input_ids']), docs=batch['docs'], sparse=sparse)
+            parts = dict(loss=out.loss, mtp_loss=out.loss.new_zeros(()) if out.mtp_loss is None else out.mtp_loss, balance_loss=out.balance_loss)
+            if out.indexer_loss is not None: parts['indexer_loss'] = out.indexer_loss
+            names,parts = list(parts),torch.stack(list(parts.values()))
+            parts = parts*torch.cat([share, share.new_full((len(names)-2,), len(batch['docs'])/n)])
+            weights = parts.new_tensor([1., mtp_weight, balance_weight, indexer_weight][:len(names)])
             ((parts*weights).sum()*n_ranks()).backward()   # processes average their gradients, and we want the sum
         sums,load = sums+parts.detach(),load+out.expert_load
     both = total(torch.cat([sums.double(), load.flatten().double()]))
-    return dict(zip(('loss', 'mtp_loss', 'balance_loss'), both)), both[3:].view_as(load), mixes
+    return dict(zip(names, both)), both[len(names):].view_as(load), mixes
 
 # %% ../nbs/15_step.ipynb #467cdf77
 def first_not_finite(
@@ -191,7 +198,7 @@ def load_entropy(
     "Entropy of the experts' load, averaged over the blocks"
     return torch.special.entr(load/load.sum(-1, keepdim=True)).sum(-1).mean().item()
 
-# %% ../nbs/15_step.ipynb #1a68a910
+# %% ../nbs/15_step.ipynb #7eafc268
 def train_step(
     net:nn.Module,                      # from `spread`: what is called
     whale:Whale,                        # the model itself
@@ -204,7 +211,7 @@ def train_step(
     warmup = round(recipe.warmup*recipe.steps)
     falling = step>=max(warmup, recipe.steps*(1-recipe.decay))
     sums,load,mixes = add_gradients(net, my_rows(rows), recipe.batch_size, recipe.mtp_final if falling else recipe.mtp_weight,
-        recipe.balance_weight, recipe.precision)
+        recipe.balance_weight, recipe.precision, recipe.indexer_weight, sparse=step>=recipe.dense*recipe.steps)
     norms = gradient_norms(whale)
     norm = math.hypot(*norms.values())
     factor = schedule(step, recipe.steps, warmup, recipe.decay, recipe.final_lr)
