@@ -158,7 +158,7 @@ def hf_fields(
     if not isinstance(rates, dict) or not set(rates)<={CSA,HCA}: reject('compress_rates', rates, f'must name rates for {CSA} and {HCA}')
     return out | {f: rates[k] for f,k in (('compress_rate_csa',CSA), ('compress_rate_hca',HCA)) if k in rates}
 
-# %% ../nbs/00_config.ipynb #27e3d6fc
+# %% ../nbs/00_config.ipynb #e5c394b2
 @dataclass(frozen=True)
 class WhaleConfig:
     "Every size and switch of a whale, under the names and defaults of transformers' `DeepseekV4Config`"
@@ -214,6 +214,7 @@ class WhaleConfig:
             store('qk_rope_head_dim', int(self.head_dim*factor))
             store('partial_rotary_factor', None)
         check_sizes(self)
+        if self.yarn_factor==1: store('yarn_context', 65536)     # nothing is stretched, from whatever length
         for f in LAYERS:
             check_layers(f, getattr(self,f), self.num_hidden_layers)
             store(f, tuple(getattr(self,f) or ()) if set(getattr(self,f) or ())-{LAYERS[f][0]} else None)

@@ -6,11 +6,11 @@
 __all__ = ['MARK', 'PERMUTED', 'NO_SINK', 'NO_CLAMP', 'IGNORED', 'is_legacy', 'pair_order', 'reorder', 'legacy_config',
            'legacy_weights', 'read_model']
 
-# %% ../nbs/08_weights_legacy.ipynb #c2bbcecc
+# %% ../nbs/08_weights_legacy.ipynb #38cf6af7
 import torch
 from pathlib import Path
 from torch import Tensor
-from .config import WhaleConfig
+from .config import WhaleConfig, reject
 from .weights import check_types, find_folder, read_config, read_weights, translate
 
 # %% ../nbs/08_weights_legacy.ipynb #253c548f
@@ -48,7 +48,7 @@ def reorder(
 NO_SINK = -1e30                      # e^NO_SINK beside any score is exactly 0, in float64 too; finite in bfloat16
 NO_CLAMP = 3e38                      # the largest numbers of float32 and bfloat16 are a little above it
 
-# %% ../nbs/08_weights_legacy.ipynb #7ff4129e
+# %% ../nbs/08_weights_legacy.ipynb #f4d37b15
 IGNORED = ('auto_map', 'compress_ratios', 'layer_types', 'mlp_layer_types', 'partial_rotary_factor', 'rope_parameters')   # their code read none of these
 
 def legacy_config(
@@ -60,8 +60,8 @@ def legacy_config(
     if isinstance(rope, dict) and 'rope_theta' in rope: d['rope_theta'] = rope['rope_theta']      # where newer transformers puts it
     d['max_position_embeddings'] = d.get('max_position_embeddings', 4096)
     if d.get('swiglu_limit')==0: d['swiglu_limit'] = NO_CLAMP
-    return d | dict(model_type='nanowhale', sliding_window=d['max_position_embeddings'], hc_transposed=True,
-        layer_types=None, mlp_layer_types=None, compress_ratios=[], num_hash_layers=d.get('num_hash_layers') or 0)
+    if d.pop('num_hash_layers', 0): reject('num_hash_layers', config['num_hash_layers'], 'the first nanowhale had no such layers')
+    return d | dict(model_type='nanowhale', sliding_window=d['max_position_embeddings'], hc_transposed=True)
 
 # %% ../nbs/08_weights_legacy.ipynb #0e73ef9a
 def legacy_weights(

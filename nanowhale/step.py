@@ -123,7 +123,7 @@ def cast(
     "A context in which matrix products run in bfloat16, or in which nothing changes"
     return torch.autocast(device.type, torch.bfloat16) if precision=='bf16' else nullcontext()
 
-# %% ../nbs/15_step.ipynb #29492a73
+# %% ../nbs/15_step.ipynb #5dd9a2fb
 def add_gradients(
     net:nn.Module,           # a `Whale`, or what `spread` made of it; its gradients are added to
     rows:dict[str, Tensor],  # input_ids and docs [n,T+1]: this process's rows of the step
@@ -133,7 +133,7 @@ def add_gradients(
     precision:str='fp32',    # of the matrix products
     indexer_weight:float=1., # of the indexers' loss
     sparse:bool=True,        # may indexers choose?
-) -> tuple[dict, Tensor, dict]:  # main, mtp, balance and, if there are indexers, their loss; [blocks,E] expert load, over all processes; what `watching_mixes` saw
+) -> tuple[dict, Tensor, dict]:  # main, mtp, balance and, with indexers, their loss; [blocks,E] expert load, of all processes; what `watching_mixes` saw
     "Gradients of one step's loss, a mean over all its targets however they are spread over batches and processes"
     batches = [dict(zip(rows, part)) for part in zip(*(v.split(batch_size) for v in rows.values()))]
     counts,n = torch.stack([n_targets(b) for b in batches]).double(),len(rows['docs'])*n_ranks()
@@ -143,8 +143,9 @@ def add_gradients(
         watch = nullcontext(mixes) if i else watching_mixes(net)
         with cast(share.device, precision), exchanging(net, i==len(batches)-1), watch as mixes:
             out = net(batch['input_ids'], labels=batch.get('labels', batch['input_ids']), docs=batch['docs'], sparse=sparse)
-            parts = dict(loss=out.loss, mtp_loss=out.loss.new_zeros(()) if out.mtp_loss is None else out.mtp_loss, balance_loss=out.balance_loss)
-            if out.indexer_loss is not None: parts['indexer_loss'] = out.indexer_loss
+            parts = {name: getattr(out, name) for name in ('loss', 'mtp_loss', 'balance_loss', 'indexer_loss')}
+            if out.mtp_loss is None: parts['mtp_loss'] = torch.zeros_like(out.loss)
+            if out.indexer_loss is None: del parts['indexer_loss']
             names,parts = list(parts),torch.stack(list(parts.values()))
             parts = parts*torch.cat([share, share.new_full((len(names)-2,), len(batch['docs'])/n)])
             weights = parts.new_tensor([1., mtp_weight, balance_weight, indexer_weight][:len(names)])

@@ -7,9 +7,9 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 import nanowhale.model
-from nanowhale.config import WhaleConfig, count_params, nanowhale_100m, tiny
+from nanowhale.config import SWA, WhaleConfig, count_params, nanowhale_100m, tiny
 from nanowhale.mla import KVCache
-from nanowhale.model import Cache, Whale, geometry, init_weights
+from nanowhale.model import Cache, Whale, init_weights, views
 
 def small(**kw):
     return WhaleConfig(**dict(dict(
@@ -448,13 +448,13 @@ class Again(Whale):
         init_weights(whale, 0.3)
         return whale
 
-def no_docs(cfg, ids, docs=None, cache=None): return geometry(cfg, ids, None, cache)
+def no_docs(cfg, ids, docs=None, cache=None, *rest): return views(cfg, ids, None, cache)
 
-def late(cfg, ids, docs=None, cache=None):
+def late(cfg, ids, docs=None, cache=None, *rest):
     "Bug 18: the new tokens are rotated one position too far"
-    rope,mask = geometry(cfg, ids, docs, cache)
-    if not cache or not cache.length: return rope,mask
-    return nanowhale.model.rope_cos_sin(torch.arange(cache.length, cache.length+ids.shape[1])+1, cfg.qk_rope_head_dim, cfg.rope_theta),mask
+    rope,mask = views(cfg, ids, docs, cache)[SWA]
+    if not cache or not cache.length: return {SWA: (rope,mask)}
+    return {SWA: (nanowhale.model.rope_cos_sin(torch.arange(cache.length, cache.length+ids.shape[1])+1, cfg.qk_rope_head_dim, cfg.rope_theta),mask)}
 
 def short_ring(self, kv, real=KVCache.extend):
     "Bug 18: the cache forgets one key too early"
@@ -468,8 +468,8 @@ def first_stream(self, X): return X[:,:,0]
 PLANTED = {
     'a buffer that is not saved (bug 11)': (Table, None, {'check_state'}),
     'initialised after loading (bug 20)': (Again, None, {'check_folder'}),
-    'documents see each other (bugs 15, 21)': (Whale, lambda: patch.object(nanowhale.model, 'geometry', no_docs), {'check_documents'}),
-    'cached tokens one position late (bug 18)': (Whale, lambda: patch.object(nanowhale.model, 'geometry', late), {'check_cache'}),
+    'documents see each other (bugs 15, 21)': (Whale, lambda: patch.object(nanowhale.model, 'views', no_docs), {'check_documents'}),
+    'cached tokens one position late (bug 18)': (Whale, lambda: patch.object(nanowhale.model, 'views', late), {'check_cache'}),
     'cache one key short (bug 18)': (Whale, lambda: patch.object(KVCache, 'extend', short_ring), {'check_cache'}),
     'first stream for the learned collapse': (Whale, lambda: patch.object(nanowhale.model.HyperHead, 'forward', first_stream), {'check_oracle'}),
 }

@@ -1,0 +1,300 @@
+"""Compressed attention, hash layers and YaRN against transformers, through the cache, under packing, and with mistakes planted.
+
+    pytest tests/test_compress.py           20 random mixes of layers
+    python tests/test_compress.py --n 200   a table: worst errors of forward, gradients and cached decoding
+"""
+import argparse, random
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+import pytest, torch
+from torch.testing import assert_close
+from transformers import DynamicCache
+from nanowhale import compress, moe
+from nanowhale.compress import CompressedAttention, choose, far_rope, make_blocks
+from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, nanowhale_v4, tiny_v4
+from nanowhale.generate import docs_of, generate, left_pad
+from nanowhale.model import Cache, Whale
+from nanowhale.speculate import speculate
+from nanowhale.step import add_gradients
+from test_parity import no_downcast, pair, run
+
+T = 27
+
+def random_mix(seed):
+    "Odd sizes, any mix of layers; heads enough that no indexer score is zero, where transformers' order of equals is nobody's rule"
+    r = random.Random(seed)
+    L,G,E = r.randint(1, 4),r.randint(1, 3),r.randint(2, 6)
+    return WhaleConfig(vocab_size=r.randint(20, 50), hidden_size=r.randint(6, 24), num_hidden_layers=L, num_attention_heads=G*r.randint(1, 3),
+        head_dim=2*r.randint(3, 9), qk_rope_head_dim=2*r.randint(1, 3), q_lora_rank=r.randint(3, 9), o_groups=G, o_lora_rank=r.randint(2, 7),
+        sliding_window=r.choice([2, 3, r.randint(4, T), 2*T]), moe_intermediate_size=r.randint(2, 9), n_routed_experts=E,
+        num_experts_per_tok=r.randint(1, E), hc_mult=r.randint(1, 3), hc_sinkhorn_iters=r.randint(1, 9), initializer_range=r.uniform(0.2, 0.5),
+        num_nextn_predict_layers=r.randint(0, 1), layer_types=[r.choice([SWA,CSA,HCA]) if i else r.choice([CSA,HCA]) for i in range(L)],
+        mlp_layer_types=r.choices(['moe','hash_moe'], k=L), compress_rate_csa=r.randint(1, 5), compress_rate_hca=r.randint(1, 12),
+        compress_rope_theta=r.choice([50., 160000.]), yarn_factor=r.choice([1., 16.]), yarn_context=r.choice([16, 64]), index_n_heads=24,
+        index_head_dim=r.randint(3, 8)*2, index_topk=r.choice([1, 2, 4, 99]))
+
+def build(cfg, seed=0):
+    torch.manual_seed(seed)
+    whale,hf = pair(cfg)
+    with torch.no_grad():
+        for m in (whale, hf):
+            g = torch.Generator().manual_seed(seed)
+            for n,p in m.named_parameters():
+                if 'position_bias' in n: p.copy_(torch.randn(p.shape, generator=g))
+    return whale,hf
+
+def random_cuts(seed, n=T):
+    r,out = random.Random(seed),[]
+    while n: out.append(min(n, r.choice([1, 1, 1, 2, 3, 7, 11]))); n -= out[-1]
+    return out
+
+def in_pieces(model, ids, cuts, docs=None):
+    ours = isinstance(model, Whale)
+    cache,out,a = Cache(model.cfg) if ours else DynamicCache(config=model.config),[],0
+    for n in cuts:
+        more = dict(cache=cache, docs=None if docs is None else docs[:,a:a+n]) if ours else dict(past_key_values=cache, use_cache=True)
+        out.append(model(ids[:,a:a+n], **more).logits); a += n
+    return torch.cat(out, 1)
+
+def errors(seed):
+    "Worst errors of one mix: float64 forward, gradients and cached decoding, and the float32 forward"
+    cfg = random_mix(seed)
+    whale,hf = build(cfg, seed)
+    ids = torch.randint(cfg.vocab_size, (2, T))
+    with torch.no_grad(): single = (whale(ids).logits-hf(ids, use_cache=False).logits).abs().max().item()
+    whale,hf = whale.double(),hf.double()
+    with no_downcast():
+        (a,_,ga),(b,_,gb) = run(whale, ids, ids),run(hf, ids, ids)
+        with torch.no_grad(): parts = in_pieces(whale, ids, random_cuts(seed)),in_pieces(hf, ids, random_cuts(seed+1)) if cfg.sliding_window>1 else a
+    scale = max(1, a.abs().max().item())
+    grads = max((ga[n]-g).norm().item()/max(g.norm().item(), 1e-8) for n,g in gb.items() if g.norm()>1e-8)
+    assert not any('indexer' in n for n in gb), 'transformers trains its indexer now: compare it'
+    return dict(float32=single/scale, forward=(a-b).abs().max().item()/scale, gradients=grads, cached=(parts[0]-a).abs().max().item()/scale,
+        theirs=(parts[1]-b).abs().max().item()/scale)
+
+LIMITS = dict(float32=1e-5, forward=2e-6, gradients=1e-4, cached=1e-10, theirs=1e-10)   # rotation tables are float32 on both sides, made in another order
+
+@pytest.mark.parametrize('seed', range(20))
+def test_random_mixes_are_transformers(seed):
+    for what,e in errors(seed).items(): assert e<=LIMITS[what], (what, e)
+
+def mix(**changes):
+    return replace(WhaleConfig(vocab_size=30, hidden_size=12, num_hidden_layers=3, num_attention_heads=4, head_dim=8, qk_rope_head_dim=4, q_lora_rank=6,
+        o_groups=2, o_lora_rank=5, sliding_window=5, moe_intermediate_size=6, n_routed_experts=4, num_experts_per_tok=2, hc_mult=2, hc_sinkhorn_iters=3,
+        initializer_range=0.4, layer_types=(SWA,CSA,HCA), mlp_layer_types=('hash_moe','moe','moe'), compress_rate_csa=3, compress_rate_hca=5,
+        index_n_heads=4, index_head_dim=6, index_topk=2), **changes)
+
+def whale_of(**changes): return build(mix(**changes), 1)[0].double().eval()
+
+# what must hold: each check is also run with mistakes planted
+
+@torch.no_grad()
+def no_query_is_told_the_future():
+    whale = whale_of(index_topk=99)
+    ids = torch.randint(30, (1,T), generator=torch.Generator().manual_seed(3))
+    before = whale(ids).logits
+    for t in range(T):
+        other = ids.clone(); other[0,t] = (ids[0,t]+7)%30
+        moved = (whale(other).logits-before).abs().amax(-1)[0]>1e-9
+        assert not moved[:t].any() and moved[t], t
+
+@torch.no_grad()
+def packed_documents_are_alone():
+    whale,g = whale_of(),torch.Generator().manual_seed(4)
+    ids = torch.randint(30, (1,T), generator=g)
+    for lengths in ((10,17), (4,1,15,7), (3,5,19)):
+        docs = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+        alone = torch.cat([whale(part).logits for part in ids.split(lengths, 1)], 1)
+        assert_close(whale(ids, docs=docs).logits, alone, atol=2e-6, rtol=1e-6)
+        assert_close(in_pieces(whale, ids, random_cuts(5), docs), alone, atol=2e-6, rtol=1e-6)
+
+@torch.no_grad()
+def padding_is_never_seen():
+    whale,g = whale_of(),torch.Generator().manual_seed(5)
+    rows = [torch.randint(30, (n,), generator=g).tolist() for n in (4, 9, 17)]
+    ids,mask = left_pad(rows, 0)
+    for use_cache in (True, False):
+        out = generate(whale, ids, 12, temperature=0, eos_token_id=None, attention_mask=mask, use_cache=use_cache)
+        for row,got in zip(rows, out):
+            assert got[-12:].tolist()==generate(whale, torch.tensor([row]), 12, temperature=0, eos_token_id=None)[0,-12:].tolist()
+
+@torch.no_grad()
+def cached_is_full():
+    whale = whale_of()
+    ids = torch.randint(30, (2,40), generator=torch.Generator().manual_seed(6))
+    full = whale(ids).logits
+    for seed in range(6): assert_close(in_pieces(whale, ids, random_cuts(seed, 40)), full, atol=1e-9, rtol=1e-9)
+
+@torch.no_grad()
+def taken_back_is_forgotten():
+    whale = whale_of()
+    ids = torch.randint(30, (2,40), generator=torch.Generator().manual_seed(7))
+    for docs in (None, torch.tensor([[0]*40, [-1]*4+[0]*36])):
+        full,cache,r,a,at = whale(ids, docs=docs).logits,Cache(whale.cfg, spare=3),random.Random(1),0,0
+        d = lambda a, b: None if docs is None else docs[:,a:b]
+        out = [whale(ids[:,:9], docs=d(0, 9), cache=cache).logits]; a = 9
+        while a<36:
+            n = r.randint(1, 4)
+            y = whale(torch.cat([ids[:,a:a+1], ids[:,a+1:a+n].flip(1)], 1), docs=d(a, a+n), cache=cache).logits[:,:1]   # all but the first are wrong
+            cache.rewind(n-1); out.append(y); a += 1
+        assert_close(torch.cat(out, 1), full[:,:36], atol=1e-9, rtol=1e-9)
+
+@torch.no_grad()
+def only_distances_count():
+    cfg = mix(yarn_factor=16., yarn_context=64)
+    for kind in (CSA, HCA):
+        torch.manual_seed(8)
+        attn = CompressedAttention(cfg, kind).double()
+        x,pos = torch.randn(1, T, 12).double(),torch.arange(T)
+        here = attn(x, far_rope(cfg, pos), make_blocks(cfg, kind, pos, None)[0])
+        blocks,_ = make_blocks(cfg, kind, pos, None)
+        there = attn(x, far_rope(cfg, pos+330), blocks._replace(rope=far_rope(cfg, (blocks.ends-cfg.rates[kind]+1)+330)))
+        assert_close(here, there, atol=1e-4, rtol=1e-4)
+
+def the_indexer_learns_and_nothing_else_does_from_it():
+    whale = whale_of()
+    ids = torch.randint(30, (2,T), generator=torch.Generator().manual_seed(9))
+    opt = torch.optim.Adam(whale.parameters(), 3e-2)
+    seen = []
+    for _ in range(30):
+        loss = whale(ids, labels=ids, sparse=False).indexer_loss
+        seen.append(loss.item()); opt.zero_grad(); loss.backward(); opt.step()
+        assert {n for n,p in whale.named_parameters() if p.grad is not None}=={n for n,_ in whale.named_parameters() if '.indexer.' in n}
+    assert seen[-1]<0.7*seen[0]
+
+def tables_are_fair():
+    for gate in (m for m in whale_of().modules() if isinstance(m, moe.HashRouter)):
+        assert all(len(set(row))==2 for row in gate.tid2eid.tolist())
+        load = moe.expert_load(gate.tid2eid, 4)
+        assert load.max()-load.min()<=4
+
+@torch.no_grad()
+def drafts_change_nothing():
+    whale,ids = whale_of(),torch.randint(30, (2,9), generator=torch.Generator().manual_seed(10))
+    for drafts in (1, 3):
+        assert torch.equal(generate(whale, ids, 25, temperature=0, eos_token_id=None), speculate(whale, ids, 25, temperature=0, eos_token_id=None, drafts=drafts))
+
+CHECKS = [no_query_is_told_the_future, packed_documents_are_alone, padding_is_never_seen, cached_is_full, taken_back_is_forgotten, only_distances_count,
+    the_indexer_learns_and_nothing_else_does_from_it, tables_are_fair, drafts_change_nothing]
+
+@pytest.mark.parametrize('check', CHECKS, ids=lambda f: f.__name__)
+def test_holds(check): check()
+
+@contextmanager
+def swapped(where, name, make):
+    with patch.object(where, name, make(getattr(where, name))): yield
+
+def early(real):
+    def f(*a, **kw):
+        blocks,entries = real(*a, **kw)
+        return blocks._replace(seen=blocks.seen | (entries[0][:,None]<=a[2][:,None]+1)), entries
+    return f
+def across(real):
+    return lambda cfg, kind, pos, window, docs=None, starts=None, *a, **kw: real(cfg, kind, pos, window, docs, None, *a, **kw)
+def mixed(real):
+    def f(cfg, kind, pos, window, docs=None, *a, **kw):
+        blocks,entries = real(cfg, kind, pos, window, docs, *a, **kw)
+        return blocks._replace(seen=(entries[0][:,None]<=pos[:,None]).expand_as(blocks.seen)), entries
+    return f
+def at_end(real):
+    def f(cfg, kind, pos, *a, **kw):
+        blocks,entries = real(cfg, kind, pos, *a, **kw)
+        return blocks._replace(rope=tuple(torch.zeros_like(r)+i for i,r in zip((1,0), blocks.rope))), entries
+    return f
+def no_first(real):
+    def f(*a, **kw):
+        blocks,entries = real(*a, **kw)
+        return blocks._replace(first=torch.zeros_like(blocks.first)), entries
+    return f
+def short_tail(real):
+    def f(self, x):
+        out = real(self, x); self.tail = self.tail[:,1:]; return out
+    return f
+def attached(real): return lambda q, far, lse, seen: compress.upcast(torch.einsum('bthk,bck->btc', q, far)).masked_fill(~seen, -1e30).softmax(-1)
+
+BUGS = {
+    'a query sees the block that ends after it (bug 14)': (compress, 'make_blocks', early, no_query_is_told_the_future),
+    'blocks run across documents (bug 15)': (compress, 'make_blocks', across, packed_documents_are_alone),
+    'entries of other documents are seen (bug 15)': (compress, 'make_blocks', mixed, packed_documents_are_alone),
+    'padding enters the compressor (bug 14)': (compress, 'make_blocks', across, padding_is_never_seen),
+    'entries left unrotated (bug 3)': (compress, 'make_blocks', at_end, only_distances_count),
+    'the first block reads one that is not there': (compress, 'make_blocks', no_first, packed_documents_are_alone),
+    'an open block forgets a token (bug 18)': (compress.Memory, 'extend', short_tail, cached_is_full),
+    'rewinding leaves entries (bug 18)': (compress.Memory, 'rewind', lambda real: lambda self, n, left: None, taken_back_is_forgotten),
+    'a table of zeros (bug 8)': (moe, 'hash_table', lambda real: lambda V, E, k: torch.zeros(V, k, dtype=torch.long), tables_are_fair),
+    'an expert twice in a row (bug 8)': (moe, 'hash_table', lambda real: lambda V, E, k: torch.arange(V)[:,None].expand(-1, k)%E, tables_are_fair),
+    'the attention is taught by its indexer': (compress, 'far_weights', attached, the_indexer_learns_and_nothing_else_does_from_it)}
+
+@pytest.mark.parametrize('name', BUGS)
+def test_planted_mistakes_show(name):
+    where,what,make,check = BUGS[name]
+    import nanowhale.model
+    with swapped(where, what, make):
+        if where is not compress.Memory and hasattr(nanowhale.model, what):
+            with patch.object(nanowhale.model, what, getattr(where, what)), patch(f'{__name__}.make_blocks', compress.make_blocks): fails(check)
+        else: fails(check)
+
+def fails(check):
+    with pytest.raises((AssertionError, RuntimeError, IndexError)): check()
+
+def test_what_a_cache_keeps_is_what_the_formula_says():
+    cfg = mix()
+    whale,cache = whale_of(),Cache(cfg)
+    for n in (7, 1, 1, 20, 1):
+        whale(torch.randint(30, (1,n)), cache=cache)
+        kept = sum(l.kv[:,:min(cache.length, 5)].numel() for l in cache.layers)
+        kept += sum(m.tail[:,-m.keep:].numel()+m.entries.numel() for l in cache.layers if l.kind!=SWA for m in l.far)
+        assert kept==cache_bytes(cfg, cache.length, 1), cache.length
+
+def test_one_token_gathers_what_it_chose():
+    scores,seen = torch.randn(3, 1, 9),torch.rand(3, 1, 9)>0.3
+    picked = choose(scores, seen, 4)
+    for b in range(3): assert picked[b,0].nonzero()[:,0].tolist()==sorted(sorted(seen[b,0].nonzero()[:,0].tolist(), key=lambda i: -scores[b,0,i])[:4])
+
+def test_gradients_in_float64():
+    cfg = mix(num_hidden_layers=2, layer_types=(CSA,HCA), mlp_layer_types=None, index_topk=99)
+    for kind in (CSA, HCA):
+        torch.manual_seed(11)
+        attn = CompressedAttention(cfg, kind).double()
+        pos = torch.arange(8)
+        blocks,_ = make_blocks(cfg, kind, pos, torch.ones(1,8,8).tril().bool())
+        assert torch.autograd.gradcheck(lambda x: attn(x, far_rope(cfg, pos), blocks), torch.randn(1, 8, 12).double().requires_grad_(), fast_mode=True, atol=1e-4)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_training_reports_the_indexers_loss(dtype):
+    whale = Whale(tiny_v4(64))
+    rows = dict(input_ids=torch.randint(64, (4,65)), docs=torch.repeat_interleave(torch.arange(5), 13)[None].repeat(4, 1))
+    sums = [add_gradients(whale, rows, n, precision='fp32' if dtype==torch.float32 else 'bf16', sparse=False)[0] for n in (4, 2)]
+    assert sums[0]['indexer_loss']>0 and abs(sums[0]['loss']-sums[1]['loss'])<(1e-5 if dtype==torch.float32 else 2e-2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in whale.parameters())
+
+def test_round_trip_through_a_folder(tmp_path):
+    whale = build(mix(), 2)[0]
+    whale.save_pretrained(tmp_path)
+    again,ids = Whale.from_pretrained(tmp_path),torch.randint(30, (1,T))
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs.set_experts_implementation('eager')
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, whale(ids).logits)
+        assert_close(theirs(ids, use_cache=False).logits, whale(ids).logits, atol=1e-5, rtol=1e-5)
+    assert Whale.from_hf(theirs).cfg.kinds==whale.cfg.kinds
+
+def test_a_table_that_names_no_expert_is_refused():
+    whale = build(mix(), 2)[0]
+    state = {k: v.clone() for k,v in whale.state_dict().items()}
+    next(v for k,v in state.items() if k.endswith('tid2eid'))[3,0] = 4
+    with pytest.raises(ValueError, match='tid2eid names experts outside'): Whale.from_state_dict(whale.cfg, state)
+
+def test_the_whole_of_v4_has_the_size_that_transformers_counts():
+    with torch.device('meta'): whale = Whale(replace(nanowhale_v4(), num_nextn_predict_layers=0))
+    assert sum(p.numel() for p in whale.parameters())==111_463_221
+
+if __name__=='__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--n', type=int, default=100, help='random mixes')
+    found = [errors(seed) for seed in range(parser.parse_args().n)]
+    for what in LIMITS:
+        es = sorted(e[what] for e in found)
+        print(f'{what:10} median {es[len(es)//2]:.1e}  worst {es[-1]:.1e}  above {LIMITS[what]:.0e}: {sum(e>LIMITS[what] for e in es)} of {len(es)}')
