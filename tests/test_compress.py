@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from nanowhale import compress, moe
 from nanowhale.compress import CompressedAttention, choose, far_rope, make_blocks
 from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, nanowhale_v4, tiny_v4
-from nanowhale.generate import docs_of, generate, left_pad
+from nanowhale.generate import generate, left_pad
 from nanowhale.model import Cache, Whale
 from nanowhale.speculate import speculate
 from nanowhale.step import add_gradients
@@ -68,7 +68,8 @@ def errors(seed):
         (a,_,ga),(b,_,gb) = run(whale, ids, ids),run(hf, ids, ids)
         with torch.no_grad(): parts = in_pieces(whale, ids, random_cuts(seed)),in_pieces(hf, ids, random_cuts(seed+1)) if cfg.sliding_window>1 else a
     scale = max(1, a.abs().max().item())
-    grads = max((ga[n]-g).norm().item()/max(g.norm().item(), 1e-8) for n,g in gb.items() if g.norm()>1e-8)
+    floor = 1e-3*max(g.norm().item() for g in gb.values())     # a smaller one is measured beside this: the rotation tables are rounded
+    grads = max((ga[n]-g).norm().item()/max(g.norm().item(), floor) for n,g in gb.items())
     assert not any('indexer' in n for n in gb), 'transformers trains its indexer now: compare it'
     return dict(float32=single/scale, forward=(a-b).abs().max().item()/scale, gradients=grads, cached=(parts[0]-a).abs().max().item()/scale,
         theirs=(parts[1]-b).abs().max().item()/scale)
@@ -131,9 +132,9 @@ def taken_back_is_forgotten():
     whale = whale_of()
     ids = torch.randint(30, (2,40), generator=torch.Generator().manual_seed(7))
     for docs in (None, torch.tensor([[0]*40, [-1]*4+[0]*36])):
-        full,cache,r,a,at = whale(ids, docs=docs).logits,Cache(whale.cfg, spare=3),random.Random(1),0,0
+        full,cache,r,a = whale(ids, docs=docs).logits,Cache(whale.cfg, spare=3),random.Random(1),9
         d = lambda a, b: None if docs is None else docs[:,a:b]
-        out = [whale(ids[:,:9], docs=d(0, 9), cache=cache).logits]; a = 9
+        out = [whale(ids[:,:9], docs=d(0, 9), cache=cache).logits]
         while a<36:
             n = r.randint(1, 4)
             y = whale(torch.cat([ids[:,a:a+1], ids[:,a+1:a+n].flip(1)], 1), docs=d(a, a+n), cache=cache).logits[:,:1]   # all but the first are wrong
@@ -173,7 +174,8 @@ def tables_are_fair():
 def drafts_change_nothing():
     whale,ids = whale_of(),torch.randint(30, (2,9), generator=torch.Generator().manual_seed(10))
     for drafts in (1, 3):
-        assert torch.equal(generate(whale, ids, 25, temperature=0, eos_token_id=None), speculate(whale, ids, 25, temperature=0, eos_token_id=None, drafts=drafts))
+        how = dict(max_new_tokens=25, temperature=0, eos_token_id=None)
+        assert torch.equal(generate(whale, ids, **how), speculate(whale, ids, drafts=drafts, **how))
 
 CHECKS = [no_query_is_told_the_future, packed_documents_are_alone, padding_is_never_seen, cached_is_full, taken_back_is_forgotten, only_distances_count,
     the_indexer_learns_and_nothing_else_does_from_it, tables_are_fair, drafts_change_nothing]
@@ -259,7 +261,8 @@ def test_gradients_in_float64():
         attn = CompressedAttention(cfg, kind).double()
         pos = torch.arange(8)
         blocks,_ = make_blocks(cfg, kind, pos, torch.ones(1,8,8).tril().bool())
-        assert torch.autograd.gradcheck(lambda x: attn(x, far_rope(cfg, pos), blocks), torch.randn(1, 8, 12).double().requires_grad_(), fast_mode=True, atol=1e-4)
+        f = lambda x: attn(x, far_rope(cfg, pos), blocks)
+        assert torch.autograd.gradcheck(f, torch.randn(1, 8, 12).double().requires_grad_(), fast_mode=True, atol=1e-4)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_training_reports_the_indexers_loss(dtype):
