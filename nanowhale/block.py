@@ -13,7 +13,7 @@ from .compress import CompressedAttention
 from .moe import MoE
 from .hyper import HyperConnection, collapse, mix
 
-# %% ../nbs/06_block.ipynb #960e76f7
+# %% ../nbs/06_block.ipynb #8424fa02
 class Block(nn.Module):
     "Attention, then the experts, each attached to the streams by a hyper-connection (V4 paper section 2)"
     def __init__(self,
@@ -22,8 +22,8 @@ class Block(nn.Module):
         mlp:str='moe'):     # kind of feed-forward part, one of its `mlp_layer_types`
         super().__init__()
         D,eps = cfg.hidden_size,cfg.rms_norm_eps
-        attend = Attention(cfg) if attention==SWA else CompressedAttention(cfg, attention)
-        self.attn_hc,self.input_layernorm,self.self_attn = HyperConnection(cfg),RMSNorm(D, eps),attend
+        self.attn_hc,self.input_layernorm = HyperConnection(cfg),RMSNorm(D, eps)
+        self.self_attn = Attention(cfg) if attention==SWA else CompressedAttention(cfg, attention)
         self.ffn_hc,self.post_attention_layernorm,self.mlp = HyperConnection(cfg),RMSNorm(D, eps),MoE(cfg, mlp)
     def forward(self,
         X:Tensor,                   # [B,T,N,D] streams
