@@ -189,9 +189,9 @@ def measure_writing(
         for name,m in sides.items(): rates[name].append(decode_rate(m, ids[:,:prompt], new))
     return {name: round(T/s, 1) for name,s in prefill.items()}, {name: round(median(r), 2) for name,r in rates.items()}
 
-# %% ../nbs/18_bench.ipynb #c184feac
+# %% ../nbs/18_bench.ipynb #2a661675
 def bench(
-    preset:str='nanowhale_100m',  # size of the model: tiny, nanowhale_100m
+    preset:str='nanowhale_100m',  # size of the model: tiny, nanowhale_100m, tiny_v4, nanowhale_v4
     batch_size:int=1,             # rows of a training step
     context:int=512,              # tokens of a row, and of the prompt that prefill reads
     dtype:str='fp32',             # fp32, or bf16: products in training, all weights in generation

@@ -115,9 +115,9 @@ def info(
     print(f'{"all":>12}  {sum(params.values()):>13,} parameters  {sum(flops.values()):>13,.0f} FLOPs a token')
     print(f'key = value cache at {cfg.sliding_window:,} tokens and beyond: {cache_bytes(cfg, cfg.sliding_window):,} bytes')
 
-# %% ../nbs/20_cli.ipynb #6623d69e
+# %% ../nbs/20_cli.ipynb #39561f1f
 def bench(
-    preset:str='nanowhale_100m',  # size of the model: tiny, nanowhale_100m
+    preset:str='nanowhale_100m',  # size of the model: tiny, nanowhale_100m, tiny_v4, nanowhale_v4
     batch_size:int=1,             # rows of a training step
     context:int=512,              # tokens of a row, and of the prompt that prefill reads
     dtype:str='fp32',             # fp32, or bf16: products in training, all weights in generation

@@ -348,7 +348,7 @@ It loads in transformers as it is: `AutoModelForCausalLM.from_pretrained("{name}
 The recipe: `{json.dumps(spec["recipe"])}`
 '''
 
-# %% ../nbs/15_train.ipynb #3843a900
+# %% ../nbs/15_train.ipynb #b6e4e0af
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
@@ -379,7 +379,7 @@ def finish(
     return results
 
 def train(
-    preset:str='tiny',       # size of the model: tiny, nanowhale_100m
+    preset:str='tiny',       # size of the model: tiny, nanowhale_100m, or one with all kinds of V4's layers: tiny_v4, nanowhale_v4
     recipe:str=None,         # how to train it: whale (ours), card (the public nanowhale-100m's) or chat; none: chat with --chat, else whale
     out:str='whale',         # folder for the run; must be new or empty
     seed:int=0,              # of the initialisation and of the order of the text

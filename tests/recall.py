@@ -14,7 +14,8 @@ from statistics import median
 import torch
 from nanowhale.compress import CompressedAttention, far_weights, index_recall
 from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, layer_flops, nanowhale_v4
-from nanowhale.model import Cache, Whale, views
+from nanowhale.mla import attend
+from nanowhale.model import Cache, Whale
 from nanowhale.optim import make_optimizers, schedule
 from nanowhale.train import hardware, pick_device
 
@@ -61,7 +62,6 @@ def recall_of_indexer(whale, ids):
     found = []
     def judge(layer, args, out):
         x,rope,blocks = args[:3]
-        from nanowhale.mla import attend
         q,kv,far = layer.query(x, *rope),layer.latent(x, *rope),layer.compressor(x, blocks)
         seen = blocks.seen.expand(len(x), -1, -1)
         _,lse = attend(q, kv, layer.sinks, blocks.window, far, seen, lse=True)
@@ -122,7 +122,8 @@ def decode(lengths, repeats=9):
                 start = time.perf_counter(); whale(torch.randint(512, (1,1)), cache=cache).logits; times.append(time.perf_counter()-start); done += 1
             kept = sum(l.kv.nbytes+sum(m.tail.nbytes+m.entries.nbytes for m in getattr(l, 'far', [])) for l in cache.layers)
             flops = sum(x for k,x in layer_flops(cfg, n, kinds[0]).items() if k in ('scores', 'compress'))
-            rows.append(dict(kind=name, context=n, milliseconds=round(1000*median(times), 3), bytes=kept, formula=cache_bytes(cfg, n, 4), flops=round(2*flops)))
+            rows.append(dict(kind=name, context=n, milliseconds=round(1000*median(times), 3), bytes=kept, formula=cache_bytes(cfg, done, 4),
+                flops=round(2*flops)))
             print(rows[-1], flush=True)
     return rows
 
