@@ -2,6 +2,7 @@
 
     python tests/recall.py recall --kinds window csa hca all --seeds 0 1 2     results/recall.json
     python tests/recall.py decode                                              results/decode.json
+    python tests/recall.py look --model FOLDER                                 results/look.json
     python tests/recall.py --help
 
 The text is a stream of pairs, key and value. Half of them are new, the other half repeat an earlier pair; the value of a
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 import torch
-from nanowhale.compress import CompressedAttention, far_weights, index_recall
+from nanowhale.compress import CompressedAttention, choose, far_weights, index_recall, take
 from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, layer_flops, nanowhale_v4
 from nanowhale.mla import attend
 from nanowhale.model import Cache, Whale
@@ -127,20 +128,50 @@ def decode(lengths, repeats=9):
             print(rows[-1], flush=True)
     return rows
 
+TEXT = """A dictionary is a mapping from keys to values. To add a key, assign to it; if the key is already there, the old value is lost. Looking up
+a key that is not in the dictionary raises an exception, unless the method get is used, which returns a default value instead. A list cannot be a
+key, since its contents may change; a tuple can, if all of its items can. Iterating over a dictionary returns its keys in the order in which they
+were added."""
+
+@torch.no_grad()
+def look(folder):
+    "What the layers of a trained whale look at: the indexers' choice for the last token, and the weights of the compressors' slots"
+    from transformers import AutoTokenizer
+    whale,tokenizer = Whale.from_pretrained(folder).eval(),AutoTokenizer.from_pretrained(folder)
+    ids,rows = tokenizer(TEXT.replace(chr(10), ' '), return_tensors='pt').input_ids,[]
+    def judge(layer, args, out):
+        x,rope,blocks = args[:3]
+        comp,i = layer.compressor,int([n for n,m in whale.named_modules() if m is layer][0].split('.')[2])
+        slots = take(torch.cat([comp.kv_proj(x), comp.gate_proj(x)], -1), blocks.ends[...,None]+torch.arange(1-comp.slots, 1))
+        z = slots.chunk(2, -1)[1]+comp.position_bias.repeat(comp.slots//comp.rate, 1)
+        if comp.indexer: z = torch.cat([z[:,:,:comp.rate,:comp.width], z[:,:,comp.rate:,comp.width:]], 2)
+        w = z[0,1:].softmax(1)                                     # [C,slots,W], without the block that has none before it
+        row = dict(layer=i, kind=comp.indexer and 'csa' or 'hca', ends=blocks.ends[0].tolist(),
+            slots=[round(v, 3) for v in w.mean((0,2)).tolist()], channels=[[round(v, 2) for v in c] for c in w.mean(0).T[:16].tolist()])
+        if comp.indexer: row['chosen'] = choose(layer.judge(x, rope, blocks, None), blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
+        rows.append(row)
+    hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention)]
+    whale(ids).logits
+    for h in hooks: h.remove()
+    return dict(tokens=[tokenizer.decode([i]) for i in ids[0].tolist()], layers=rows)
+
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('recall', 'decode'))
+    parser.add_argument('what', choices=('recall', 'decode', 'look'))
     parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--steps', type=int, default=250)
     parser.add_argument('--lengths', nargs='+', type=int, default=[2**i for i in range(9, 17)])
+    parser.add_argument('--model', default='v4', help='checkpoint folder to look into')
     parser.add_argument('--out')
     args = parser.parse_args()
     about = dict(commit=commit(), hardware=hardware(pick_device('cpu')), torch=torch.__version__)
     if args.what=='decode': save(args.out or 'results/decode.json', [r | about for r in decode(args.lengths)], ('kind', 'context'))
+    elif args.what=='look': Path(args.out or 'results/look.json').write_text(json.dumps(look(args.model) | about)+'\n')
     else:
         for seed in args.seeds:
             for kind in args.kinds:
-                r = train(kind, seed, args.steps, show=True) | about | dict(command=f'python tests/recall.py recall --kinds {kind} --seeds {seed} --steps {args.steps}')
+                command = f'python tests/recall.py recall --kinds {kind} --seeds {seed} --steps {args.steps}'
+                r = train(kind, seed, args.steps, show=True) | about | dict(command=command)
                 save(args.out or 'results/recall.json', [r], ('kind', 'seed'))
                 print(kind, seed, r['accuracy'], r['indexer'], r['seconds'], flush=True)
