@@ -14,7 +14,7 @@ from .chat import Chat, talk   # with this chapter `train` knows conversations
 from .step import Recipe
 from .train import train
 
-# %% ../nbs/20_cli.ipynb #248c2a78
+# %% ../nbs/20_cli.ipynb #e6f8f732
 def generate(
     prompt:Param('the text to go on from; none: read from standard input', str, opt=False, nargs='?')=None,
     model:str='whale',          # checkpoint folder, or a model on the Hub: USER/NAME
@@ -113,7 +113,8 @@ def info(
     flops['attention'] += flops.pop('scores')
     for name in params: print(f'{name:>12}  {params[name]:>13,} parameters  {flops.get(name, 0):>13,.0f} FLOPs a token')
     print(f'{"all":>12}  {sum(params.values()):>13,} parameters  {sum(flops.values()):>13,.0f} FLOPs a token')
-    print(f'key = value cache at {cfg.sliding_window:,} tokens and beyond: {cache_bytes(cfg, cfg.sliding_window):,} bytes')
+    T = cfg.max_position_embeddings if cfg.layer_types else cfg.sliding_window
+    print(f'key = value cache at {T:,} tokens{"" if cfg.layer_types else " and beyond"}: {cache_bytes(cfg, T):,} bytes')
 
 # %% ../nbs/20_cli.ipynb #39561f1f
 def bench(
