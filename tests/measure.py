@@ -122,13 +122,14 @@ def full(args):
     "The 110M whale"
     runs,base = [],Path(args.folder or tempfile.mkdtemp())
     plans = [('whale', 'bf16'), ('card', 'bf16'), ('whale', 'fp32')]
+    if not args.device: plans.reverse()      # a processor may have no fast bf16
     for name,kind in plans[:args.plans]:
         out = base/f'{name}-{kind}'
-        size = ['--steps', args.steps, '--evals', args.evals, '--batch-size', args.batch_size, '--accum', args.accum]
+        size = ['--steps', args.steps, '--evals', args.evals, '--batch-size', args.batch_size, '--accum', args.accum, '--context', args.context]
         more = ['--resume'] if args.resume and (out/'run.json').exists() else [
             '--preset', 'nanowhale_100m', '--recipe', name, '--precision', kind, '--data', args.data, '--tokenizer', args.tokenizer, *size]
         if not (out/'README.md').exists(): nanowhale('train', '--out', out, *(['--device', args.device] if args.device else []), *more)
-        runs.append(dict(recipe=name, precision=kind, batch_size=args.batch_size, accum=args.accum, **summary(out, max(1, args.steps//200))))
+        runs.append(dict(recipe=name, precision=kind, batch_size=args.batch_size, accum=args.accum, context=args.context, **summary(out, max(1, args.steps//200))))
         if args.eval:
             said = nanowhale('eval', out, '--data', args.eval, '--context', 2048, '--batch-size', 4)
             runs[-1]['eval'] = dict(text=Path(args.eval).name, **{k: float(v) for k,v in re.findall(r'^(.*): ([\d.]+)$', said, flags=re.M)})
@@ -146,6 +147,6 @@ if __name__=='__main__':
     a = sub.add_parser('full'); a.set_defaults(f=full)
     for name in ('data', 'tokenizer'): a.add_argument(f'--{name}', required=True)
     for name in ('device', 'eval', 'folder'): a.add_argument(f'--{name}')
-    for name,n in dict(steps=3, evals=1, batch_size=8, accum=4, plans=3).items(): a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
+    for name,n in dict(steps=3, evals=1, batch_size=8, accum=4, context=2048, plans=3).items(): a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
     a.add_argument('--resume', action='store_true')
     args = p.parse_args(); args.f(args)

@@ -173,5 +173,5 @@ if __name__=='__main__':
             for kind in args.kinds:
                 command = f'python tests/recall.py recall --kinds {kind} --seeds {seed} --steps {args.steps}'
                 r = train(kind, seed, args.steps, show=True) | about | dict(command=command)
-                save(args.out or 'results/recall.json', [r], ('kind', 'seed'))
+                save(args.out or 'results/recall.json', [r], ('kind', 'seed', 'steps'))
                 print(kind, seed, r['accuracy'], r['indexer'], r['seconds'], flush=True)
