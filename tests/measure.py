@@ -129,7 +129,8 @@ def full(args):
         more = ['--resume'] if args.resume and (out/'run.json').exists() else [
             '--preset', 'nanowhale_100m', '--recipe', name, '--precision', kind, '--data', args.data, '--tokenizer', args.tokenizer, *size]
         if not (out/'README.md').exists(): nanowhale('train', '--out', out, *(['--device', args.device] if args.device else []), *more)
-        runs.append(dict(recipe=name, precision=kind, batch_size=args.batch_size, accum=args.accum, context=args.context, **summary(out, max(1, args.steps//200))))
+        about = dict(recipe=name, precision=kind, batch_size=args.batch_size, accum=args.accum, context=args.context)
+        runs.append(about | summary(out, max(1, args.steps//200)))
         if args.eval:
             said = nanowhale('eval', out, '--data', args.eval, '--context', 2048, '--batch-size', 4)
             runs[-1]['eval'] = dict(text=Path(args.eval).name, **{k: float(v) for k,v in re.findall(r'^(.*): ([\d.]+)$', said, flags=re.M)})
@@ -147,6 +148,6 @@ if __name__=='__main__':
     a = sub.add_parser('full'); a.set_defaults(f=full)
     for name in ('data', 'tokenizer'): a.add_argument(f'--{name}', required=True)
     for name in ('device', 'eval', 'folder'): a.add_argument(f'--{name}')
-    for name,n in dict(steps=3, evals=1, batch_size=8, accum=4, context=2048, plans=3).items(): a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
+    for name,n in {'steps': 3, 'evals': 1, 'batch-size': 8, 'accum': 4, 'context': 2048, 'plans': 3}.items(): a.add_argument(f'--{name}', type=int, default=n)
     a.add_argument('--resume', action='store_true')
     args = p.parse_args(); args.f(args)
