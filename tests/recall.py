@@ -106,7 +106,7 @@ def save(path, rows, same):
     path.write_text(json.dumps([r for r in old if [r[k] for k in same] not in new]+rows)+'\n')
 
 @torch.no_grad()
-def decode(lengths, repeats=9):
+def decode(lengths, repeats=15):
     "Seconds and bytes of one more token after texts of different lengths, layer kinds apart, at the width of `nanowhale_v4`"
     rows = []
     for name,kinds in dict(window=(SWA,)*2, csa=(CSA,)*2, hca=(HCA,)*2).items():
