@@ -4,6 +4,7 @@
     python tests/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
     python tests/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
     python tests/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
+    python tests/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
     python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
 
@@ -118,6 +119,50 @@ def precision(args):
     last = {n: r['held_out'][-1][2] for n,r in runs.items() if 'held_out' in r}
     record('precision', seed=args.seed, steps=args.steps, held_out_loss=last, difference={n: round(v-last['fp32'], 4) for n,v in last.items()}, runs=runs)
 
+def compare(whale, pairs):
+    "How many texts are the same, and for the others how near the two best logits were where the texts part"
+    import torch
+    differ = []
+    for i,(mine,other) in enumerate(pairs):
+        if mine.equal(other): continue
+        n = min(mine.shape[1], other.shape[1])
+        at = next((t for t in range(n) if mine[0,t]!=other[0,t]), n)
+        with torch.inference_mode(): best = whale(mine[:,:at]).logits[0,-1].double().topk(2)
+        both = [int(x[0,at]) for x in (mine, other) if at<x.shape[1]]
+        differ.append(dict(prompt=i, position=at, gap=float(best.values[0]-best.values[1]), largest_logit=float(best.values[0]),
+            the_two_best=sorted(both)==sorted(best.indices.tolist())))
+    return dict(prompts=len(pairs), identical=len(pairs)-len(differ), differ=differ)
+
+def identity(args):
+    "Greedy continuations of held-out text: `generate` beside transformers' own, and speculative decoding beside `generate`"
+    import random, torch
+    from nanowhale.data import embedded_corpus, load_tokenizer, split_held_out
+    from nanowhale.generate import generate
+    from nanowhale.model import Whale
+    from nanowhale.speculate import speculate
+    with tempfile.TemporaryDirectory() as d:
+        if not args.model: nanowhale('train', '--out', Path(d)/'whale')
+        folder = Path(args.model or Path(d)/'whale')
+        whale,tok = Whale.from_pretrained(folder).eval(),load_tokenizer(folder)
+        spec,results = json.loads((folder/'run.json').read_text()),json.loads((folder/'results.json').read_text())
+    r,hf,runs = random.Random(args.seed),whale.to_hf().eval(),{}
+    text = [i for t in split_held_out(embedded_corpus())[1] for i in tok.encode(t, add_special_tokens=False)]
+    def prompt():
+        at,n = r.randrange(len(text)-200),r.randint(1, 200)
+        return torch.tensor([[tok.bos_token_id, *text[at:at+n]]])
+    prompts = [prompt() for _ in range(args.prompts)]
+    head = dict(seed=args.seed, hardware=f'{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}',
+        whale={k: spec[k] for k in ('preset', 'seed')} | {k: spec['recipe'][k] for k in ('steps', 'precision')} |
+            {k: results[k] for k in ('held-out bits per byte', 'targets seen in training')},
+        prompt_tokens=[min(p.shape[1] for p in prompts), max(p.shape[1] for p in prompts)])
+    def theirs(ids): return hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, do_sample=False, pad_token_id=tok.pad_token_id)
+    plan = dict(transformers=(prompts[:args.hf_prompts], args.tokens, theirs),
+        speculative=(prompts, args.drafted_tokens, lambda ids: speculate(whale, ids, args.drafted_tokens, temperature=0, drafts=args.drafts)))
+    for name,(some,n,f) in plan.items():
+        runs[name] = dict(new_tokens=n, **compare(whale, [(generate(whale, ids, n, temperature=0), f(ids)) for ids in some]))
+        if name=='speculative': runs[name]['drafts'] = args.drafts
+        record('identity', **head, **runs)
+
 def full(args):
     "The 110M whale"
     runs,base = [],Path(args.folder or tempfile.mkdtemp())
@@ -145,6 +190,9 @@ if __name__=='__main__':
     a.add_argument('--seeds', type=int, default=1); a.set_defaults(f=tune)
     a = sub.add_parser('precision'); a.add_argument('--steps', type=int, default=1000); a.add_argument('--seed', type=int, default=0)
     a.set_defaults(f=precision)
+    a = sub.add_parser('identity'); a.set_defaults(f=identity); a.add_argument('--model', help='folder of a trained run; none: the default run first')
+    for name,n in dict(seed=0, prompts=200, hf_prompts=50, tokens=40, drafted_tokens=40, drafts=2).items():
+        a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
     a = sub.add_parser('full'); a.set_defaults(f=full)
     for name in ('data', 'tokenizer'): a.add_argument(f'--{name}', required=True)
     for name in ('device', 'eval', 'folder'): a.add_argument(f'--{name}')
