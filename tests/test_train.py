@@ -58,7 +58,7 @@ def test_router_bias_moves_by_its_rule_alone():
 
 def test_mtp_weight_drops_when_the_rate_starts_to_fall(monkeypatch):
     seen = []
-    monkeypatch.setattr(step, 'add_gradients', lambda net, rows, size, mtp, *a: seen.append(mtp) or add_gradients(net, rows, size, mtp, *a))
+    monkeypatch.setattr(step, 'add_gradients', lambda net, rows, size, mtp, *a, **kw: seen.append(mtp) or add_gradients(net, rows, size, mtp, *a, **kw))
     whale,recipe = Whale(small()),Recipe(steps=10, batch_size=2, warmup=0.1, decay=0.5)
     opts = make_optimizers(whale, 1e-3)
     rates = [train_step(whale, whale, opts, packed(2, 8), recipe, i)['lr'] for i in range(10)]
