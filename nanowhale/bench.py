@@ -227,7 +227,7 @@ def bench(
     if out: add_to(out, res)
     return res
 
-# %% ../nbs/18_bench.ipynb #6ea051a3
+# %% ../nbs/18_bench.ipynb #389cfa46
 def table(
     res:dict,  # from `bench`
 )->str:
@@ -248,10 +248,11 @@ def table(
 
 def add_to(
     path:str|Path,  # a JSON list; made if needed
-    res:dict,       # from `bench`
+    res:dict,       # from `bench`, or any other figures
+    same:tuple=('preset', 'dtype', 'batch_size', 'context', 'hardware'),   # what makes two entries of one kind
 ):
     "Add figures to a file, in place of older ones of the same kind"
-    path,kind = Path(path),lambda r: [r[k] for k in ('preset', 'dtype', 'batch_size', 'context', 'hardware')]
+    path,kind = Path(path),lambda r: [r[k] for k in same]
     old = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([r for r in old if kind(r)!=kind(res)]+[res], indent=1)+'\n')
 

@@ -14,6 +14,7 @@ short goes on with --resume. On a CPU three steps show that it works, at what sp
 import argparse, json, os, platform, re, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from runs import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = 'import sys; from nanowhale.cli import main; sys.exit(main())'
@@ -29,9 +30,8 @@ def lines(path): return [json.loads(l) for l in Path(path).read_text().splitline
 
 def record(name, **figures):
     "Write results/NAME.json"
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, check=False, capture_output=True, text=True).stdout.strip()
     command = ' '.join(['python tests/measure.py', *(Path(w).name if '/' in w else w for w in sys.argv[1:])])
-    head = dict(command=command, commit=commit, python=platform.python_version())
+    head = provenance(command) | dict(python=platform.python_version())
     (ROOT/'results'/f'{name}.json').write_text(json.dumps(head|figures, indent=1)+'\n')
     print(json.dumps({k: v for k,v in figures.items() if k!='runs'}, indent=1))
 

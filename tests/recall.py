@@ -8,17 +8,18 @@
 The text is a stream of pairs, key and value. Half of them are new, the other half repeat an earlier pair; the value of a
 repeated pair can be known, and it is all that is learned and measured. The distance is counted in tokens, from value to value.
 """
-import argparse, json, subprocess, time
+import argparse, json, time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 import torch
-from nanowhale.compress import CompressedAttention, choose, far_weights, index_recall, take
+from nanowhale.bench import add_to
+from nanowhale.compress import CompressedAttention, choose, far_weights, index_recall
 from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, layer_flops, nanowhale_v4
 from nanowhale.mla import attend
 from nanowhale.model import Cache, Whale
 from nanowhale.optim import make_optimizers, schedule
-from nanowhale.train import hardware, pick_device
+from runs import provenance
 
 KEYS = 32                         # as many values; ids 1 to KEYS, and on from there
 KINDS = dict(window=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SWA,CSA,HCA))
@@ -57,6 +58,11 @@ def accuracy(whale, T, generator, rows=128):
         out.append(round(right[at].float().mean().item(), 4))
     return out
 
+def judged(layer, x, rope, blocks):
+    "What a layer's indexer thinks of all entries"
+    indexer = layer.compressor.indexer
+    return indexer.scores(x, layer.low_rank(x), indexer(x, blocks), rope)
+
 @torch.no_grad()
 def recall_of_indexer(whale, ids):
     "`index_recall` of every indexer, judged by what attention does while it sees all entries"
@@ -66,7 +72,7 @@ def recall_of_indexer(whale, ids):
         q,kv,far = layer.query(x, *rope),layer.latent(x, *rope),layer.compressor(x, blocks)
         seen = blocks.seen.expand(len(x), -1, -1)
         _,lse = attend(q, kv, layer.sinks, blocks.window, far, seen, lse=True)
-        found.append(index_recall(layer.judge(x, rope, blocks, None), far_weights(q, far, lse, seen), seen, layer.compressor.indexer.topk))
+        found.append(index_recall(judged(layer, x, rope, blocks), far_weights(q, far, lse, seen), seen, layer.compressor.indexer.topk))
     hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention) and m.compressor.indexer]
     whale(ids, sparse=False).logits
     for h in hooks: h.remove()
@@ -94,16 +100,6 @@ def train(kind, seed, steps, B=32, T=128, dense=0.5, lr=4e-3, muon_lr=1e-2, show
     test = torch.Generator().manual_seed(999)
     return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, accuracy=accuracy(whale, T, test), indexer=[before, recall_of_indexer(whale, probe)],
         curve=curve, seconds=round(time.time()-start))
-
-def commit():
-    return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-
-def save(path, rows, same):
-    "Add rows to a JSON list, in place of older ones of the same kind"
-    path = Path(path)
-    old = json.loads(path.read_text()) if path.exists() else []
-    new = [[r[k] for k in same] for r in rows]
-    path.write_text(json.dumps([r for r in old if [r[k] for k in same] not in new]+rows)+'\n')
 
 @torch.no_grad()
 def decode(lengths, repeats=15):
@@ -142,13 +138,10 @@ def look(folder):
     def judge(layer, args, out):
         x,rope,blocks = args[:3]
         comp,i = layer.compressor,int([n for n,m in whale.named_modules() if m is layer][0].split('.')[2])
-        slots = take(torch.cat([comp.kv_proj(x), comp.gate_proj(x)], -1), blocks.ends[...,None]+torch.arange(1-comp.slots, 1))
-        z = slots.chunk(2, -1)[1]+comp.position_bias.repeat(comp.slots//comp.rate, 1)
-        if comp.indexer: z = torch.cat([z[:,:,:comp.rate,:comp.width], z[:,:,comp.rate:,comp.width:]], 2)
-        w = z[0,1:].softmax(1)                                     # [C,slots,W], without the block that has none before it
+        w = comp.weigh(comp.slots_of(comp.project(x), blocks), blocks.first)[1][0,1:]      # [C,slots,W], without the block that has none before it
         row = dict(layer=i, kind=comp.indexer and 'csa' or 'hca', ends=blocks.ends[0].tolist(),
             slots=[round(v, 3) for v in w.mean((0,2)).tolist()], channels=[[round(v, 2) for v in c] for c in w.mean(0).T[:16].tolist()])
-        if comp.indexer: row['chosen'] = choose(layer.judge(x, rope, blocks, None), blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
+        if comp.indexer: row['chosen'] = choose(judged(layer, x, rope, blocks), blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
         rows.append(row)
     hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention)]
     whale(ids).logits
@@ -165,13 +158,15 @@ if __name__=='__main__':
     parser.add_argument('--model', default='v4', help='checkpoint folder to look into')
     parser.add_argument('--out')
     args = parser.parse_args()
-    about = dict(commit=commit(), hardware=hardware(pick_device('cpu')), torch=torch.__version__)
-    if args.what=='decode': save(args.out or 'results/decode.json', [r | about for r in decode(args.lengths)], ('kind', 'context'))
-    elif args.what=='look': Path(args.out or 'results/look.json').write_text(json.dumps(look(args.model) | about)+'\n')
+    command = f'python tests/recall.py {args.what}'
+    if args.what=='decode':
+        for r in decode(args.lengths): add_to(args.out or 'results/decode.json', r | provenance(command), ('kind', 'context'))
+    elif args.what=='look':
+        found = look(args.model) | provenance(f'{command} --model {Path(args.model).name}')
+        Path(args.out or 'results/look.json').write_text(json.dumps(found)+'\n')
     else:
         for seed in args.seeds:
             for kind in args.kinds:
-                command = f'python tests/recall.py recall --kinds {kind} --seeds {seed} --steps {args.steps}'
-                r = train(kind, seed, args.steps, show=True) | about | dict(command=command)
-                save(args.out or 'results/recall.json', [r], ('kind', 'seed', 'steps'))
+                r = train(kind, seed, args.steps, show=True) | provenance(f'{command} --kinds {kind} --seeds {seed} --steps {args.steps}')
+                add_to(args.out or 'results/recall.json', r, ('kind', 'seed', 'steps'))
                 print(kind, seed, r['accuracy'], r['indexer'], r['seconds'], flush=True)

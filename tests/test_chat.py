@@ -13,6 +13,7 @@ from nanowhale.model import Whale
 from nanowhale.step import Recipe, n_targets
 from nanowhale.stream import held_out_texts
 from nanowhale.train import Run, Stopped, read_metrics, train
+from runs import WORDS, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = 'import sys; from nanowhale.cli import main; sys.exit(main())'
@@ -27,17 +28,14 @@ def measure(args):
         held = C.HeldOutChats(texts, load_tokenizer(out), recipe, 2048)
         said = {when: held.sample(Whale.from_pretrained(f), 2) for when,f in (('before', args.init), ('after', out))}
         curve = [[m['step']+1, round(m['held_out_loss'], 4)] for m in read_metrics(out/'metrics.jsonl') if 'held_out_loss' in m]
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, check=False, capture_output=True, text=True).stdout.strip()
     command = ' '.join(['python tests/test_chat.py', *(Path(w).name if '/' in w else w for w in args.words)])
     spec = {k: v for k,v in vars(recipe).items() if k not in ('chat', 'init', 'data', 'tokenizer')}
-    figures = dict(command=command, commit=commit, python=platform.python_version(), data=Path(args.data).name, recipe=spec, results=results,
+    figures = provenance(command) | dict(python=platform.python_version(), data=Path(args.data).name, recipe=spec, results=results,
         held_out=curve, conversations=len(held.chats), samples=said)
     (ROOT/'results'/'chat.json').write_text(json.dumps(figures, indent=1, ensure_ascii=False)+'\n')
     print(json.dumps(figures, indent=1, ensure_ascii=False))
 
 # ---------------------------------------------------------------- masks
-
-WORDS = 'the whale sings a song of two or three notes and dives into the sea where no light is left'.split()
 
 def said(g, n): return ' '.join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=g))
 
