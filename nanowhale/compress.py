@@ -28,15 +28,15 @@ def document_starts(
     new = torch.cat([doc[:,None], docs[:,:-1]], 1)!=docs
     return torch.where(new, pos, start[:,None]).cummax(1).values
 
-# %% ../nbs/03_compress.ipynb #cf0f3f42
+# %% ../nbs/03_compress.ipynb #98bca4d4
 def block_ends(
     pos:Tensor,               # [T] positions of new tokens
     rate:int,                 # m, tokens in one block
     starts:Tensor|None=None,  # [B,T] from `document_starts`; None: one document per row, from position 0
-    count:int|None=None,      # how many to return at most; None: as many as there are
+    count:int|None=None,      # with documents: how many to return, so that nobody has to wait for the number; None: as many as there are
 ) -> Tensor:                  # [B or 1,C] rising; NEVER where a row has fewer
     "Positions at which the new tokens finish a block"
-    if starts is None: return pos[(pos+1)%rate==0][None] if count is None else pos[rate-1-int(pos[0])%rate::rate][None]
+    if starts is None: return pos[rate-1-int(pos[0])%rate::rate][None]
     ends = torch.where((pos-starts+1)%rate==0, pos, NEVER).sort(1).values
     return ends[:, :int((ends<NEVER).sum(1).max()) if count is None else count]
 
@@ -82,7 +82,7 @@ class Memory:
         self.length -= n
         self.tail,self.entries = self.tail[:,:-n],self.entries[:,:left]
 
-# %% ../nbs/03_compress.ipynb #e072b26d
+# %% ../nbs/03_compress.ipynb #24eb1bf9
 class Compressor(nn.Module):
     "Blocks of tokens to entries (V4 eqs. 9-12 with an overlap, 20-23 without)"
     def __init__(self,
@@ -96,31 +96,41 @@ class Compressor(nn.Module):
         self.kv_proj,self.gate_proj = nn.Linear(D, series*width, bias=False),nn.Linear(D, series*width, bias=False)
         self.position_bias,self.kv_norm = nn.Parameter(torch.zeros(rate, series*width)),RMSNorm(width, cfg.rms_norm_eps)
 
-    def pool(self,
-        x:Tensor,      # [B,C,slots,2*series*W] values and weights of each slot's token
+    def weigh(self,
+        x:Tensor,      # [B,C,slots,2*series*W] values and logits of each slot's token
         first:Tensor,  # [B or 1,C] True where the block before does not exist
-    ) -> Tensor:       # [B,C,W]
-        "Softmax over slots, for every channel its own"
+    ) -> tuple:        # values and weights of the slots, [B,C,slots,W] each
+        "Every slot by the series that concerns it, and a softmax over slots, for every channel its own"
         c,z = x.chunk(2, -1)
         z = upcast(z)+self.position_bias.repeat(self.slots//self.rate, 1)
         if self.slots>self.rate:
             own = lambda y: torch.cat([y[:,:,:self.rate,:self.width], y[:,:,self.rate:,self.width:]], 2)
             c,z = own(c),own(z)
             z = torch.cat([z[:,:,:self.rate].masked_fill(first[...,None,None], float('-inf')), z[:,:,self.rate:]], 2)
-        return (z.softmax(2)*c).sum(2).to(c.dtype)
+        return c, z.softmax(2)
+
+    def slots_of(self,
+        cz:Tensor,      # [B,S,2*series*W] values and logits of tokens in a row
+        blocks:Blocks,  # where blocks lie
+        start:int=0,    # position of the first of these tokens
+    ) -> Tensor:        # [B,C,slots,2*series*W]
+        "The tokens that each new entry is pooled from"
+        return take(cz, blocks.ends[...,None]-start+torch.arange(1-self.slots, 1, device=cz.device))
+
+    def project(self, x): return torch.cat([self.kv_proj(x), self.gate_proj(x)], -1)   # [B,T,D] -> values and logits [B,T,2*series*W]
 
     def forward(self,
         x:Tensor,                  # [B,T,D] normalised input of the layer
         blocks:Blocks,             # where they lie
         memory:Memory|None=None,   # while generating
     ) -> Tensor:                   # [B,C,W] entries, rotated, earlier ones included
-        cz,start = torch.cat([self.kv_proj(x), self.gate_proj(x)], -1),0
+        cz,start = self.project(x),0
         if memory is not None: cz,start = memory.extend(cz)
-        slots = take(cz, blocks.ends[...,None]-start+torch.arange(1-self.slots, 1, device=x.device))
-        new = rotate(self.kv_norm(self.pool(slots, blocks.first))[:,:,None], *blocks.rope)[:,:,0]
+        c,w = self.weigh(self.slots_of(cz, blocks, start), blocks.first)
+        new = rotate(self.kv_norm((w*c).sum(2).to(c.dtype))[:,:,None], *blocks.rope)[:,:,0]
         return new if memory is None else memory.add(new)
 
-# %% ../nbs/03_compress.ipynb #ec2b67be
+# %% ../nbs/03_compress.ipynb #d8269df7
 def far_rope(
     cfg,         # a `WhaleConfig`
     pos:Tensor,  # [T] or [B,T] positions
@@ -145,7 +155,7 @@ def make_blocks(
     where = (ends-pos[0]).clamp(0, len(pos)-1)
     owner = torch.zeros_like(ends) if docs is None else docs.gather(1, where)
     begin = 0 if starts is None else starts.gather(1, where)
-    all_ends,owners = (torch.cat([*old, new], 1) for old,new in zip(([], []) if before is None else [[x] for x in before], (ends, owner)))
+    all_ends,owners = (ends, owner) if before is None else (torch.cat(pair, 1) for pair in zip(before, (ends, owner)))
     seen = all_ends[:,None]<=pos[:,None]
     if docs is not None: seen = seen & (owners[:,None]==docs[...,None])
     rope = far_rope(cfg, torch.where(ends==NEVER, 0, ends-rate+1))
@@ -186,13 +196,13 @@ def choose(
     better,equal = scores>least,(scores==least).flip(-1)
     return seen & (better | (equal & (equal.cumsum(-1)<=k-better.sum(-1, keepdim=True))).flip(-1))
 
-# %% ../nbs/03_compress.ipynb #f13c7b95
+# %% ../nbs/03_compress.ipynb #242d79d5
 @torch.no_grad()
 def far_weights(
     q:Tensor,       # [B,T,H,K] rotated queries
     far:Tensor,     # [B,C,K] entries
     lse:Tensor,     # [B,T,H] from `attend`
-    seen:Tensor,    # [B,T,C] entries that queries saw
+    seen:Tensor,    # [B or 1,T,C] entries that queries saw
 ) -> Tensor:        # [B,T,C] sums to one where a query saw any
     "How attention divided what it gave to entries, all heads together"
     z = upcast(torch.einsum('bthk,bck->bthc', q, far))*q.shape[-1]**-0.5
@@ -202,9 +212,10 @@ def far_weights(
 def index_loss(
     scores:Tensor,   # [B,T,C] of the indexer
     target:Tensor,   # [B,T,C] from `far_weights`
-    seen:Tensor,     # [B,T,C] entries to judge by
+    seen:Tensor,     # [B or 1,T,C] entries to judge by
 ) -> Tensor:         # nats, a mean over the queries that saw an entry
     "Kullback-Leibler divergence of the indexer's choice from the attention's"
+    seen = seen.expand_as(scores)
     log_p = scores.masked_fill(~seen, -1e30).log_softmax(-1)
     per_query = (torch.special.entr(target).neg()-target*log_p.masked_fill(~seen, 0)).sum(-1)
     some = seen.any(-1)
@@ -221,7 +232,7 @@ def index_recall(
     best = choose(target, seen, k)
     return ((target*choose(scores, seen, k)).sum(-1)[many].sum()/(target*best).sum(-1)[many].sum()).item()
 
-# %% ../nbs/03_compress.ipynb #59d9ea36
+# %% ../nbs/03_compress.ipynb #3dc4ee63
 class CompressedCache(KVCache):
     "The ring of a compressed layer, and the memory of its compressors"
     def __init__(self,
@@ -229,7 +240,6 @@ class CompressedCache(KVCache):
         kind:str,     # of compressed attention
         spare:int=0): # see `KVCache`
         super().__init__(cfg.sliding_window, spare)
-        self.kind = kind
         self.far = [Memory(cfg.rates[kind]*(1+(kind==CSA)), spare) for _ in range(1+(kind==CSA))]   # of entries, and of the indexer's
     def rewind(self, n, left):
         "Forget the last n tokens; `left` entries stay"
@@ -245,31 +255,23 @@ class CompressedAttention(Attention):
         self.compressor = Compressor(cfg, cfg.rates[kind], cfg.head_dim, overlap=kind==CSA)
         self.compressor.indexer = Indexer(cfg) if kind==CSA else None
 
-    def judge(self,
-        x:Tensor,        # [B,T,D] the layer's input
-        rope:tuple,      # of the tokens
-        blocks:Blocks,   # of this pass
-        memory:Memory|None,  # of the indexer
-    ) -> Tensor:         # [B,T,C]
-        "The indexer's scores; no gradient goes on from here"
-        x = x.detach()
-        with torch.no_grad(): low = self.q_a_norm(self.q_a_proj(x))
-        return self.compressor.indexer.scores(x, low, self.compressor.indexer(x, blocks, memory), rope)
-
     def forward(self,
         x:Tensor,                        # [B,T,D] normalised input
         rope:tuple[Tensor,Tensor],       # cos and sin [T,R/2] from `far_rope`
         blocks:Blocks,                   # from `make_blocks`
         cache:CompressedCache|None=None, # of earlier tokens; extended by those of `x`
     ) -> Tensor:                         # [B,T,D]
-        q,kv = self.query(x, *rope),self.latent(x, *rope)
+        low,kv = self.low_rank(x),self.latent(x, *rope)
+        q,seen,indexer = self.heads(low, *rope),blocks.seen,self.compressor.indexer
         memory = (None, None) if cache is None else (*cache.far, None)
-        far,seen,indexer = self.compressor(x, blocks, memory[0]),blocks.seen,self.compressor.indexer
+        far = self.compressor(x, blocks, memory[0])
         learns = indexer is not None and blocks.losses is not None and far.shape[1]>0
         if indexer is not None:
-            scores = self.judge(x, rope, blocks, memory[1])
-            seen = choose(scores, seen, indexer.topk if blocks.sparse else far.shape[1])
-            if x.shape[1]==1 and far.shape[1]>indexer.topk:           # one query: gather what it chose
+            x,low = x.detach(),low.detach()                    # no gradient goes on from the indexer
+            keys,chooses = indexer(x, blocks, memory[1]),blocks.sparse and far.shape[1]>indexer.topk
+            if learns or chooses: scores = indexer.scores(x, low, keys, rope)
+            if chooses: seen = choose(scores, seen, indexer.topk)
+            if chooses and x.shape[1]==1:                      # one query: gather what it chose
                 at = seen[:,0].int().topk(indexer.topk, -1)
                 far,seen = take(far, at.indices[:,:,None])[:,:,0],at.values[:,None].bool()
         if cache is not None: kv = cache.extend(kv)

@@ -100,13 +100,13 @@ def check_layers(
     for i,kind in enumerate(kinds):
         if kind not in LAYERS[field]: reject(f'{field}[{i}]', kind, f"must be one of {', '.join(LAYERS[field])}")
 
-# %% ../nbs/00_config.ipynb #a0f6eea4
+# %% ../nbs/00_config.ipynb #2d8813c5
 def layer_lists(
     d:dict,  # a config.json
 )->dict:     # `layer_types` and `mlp_layer_types`, where the file decides them
     "The kinds of layers, whichever way a file spells them"
     n,out = d.get('num_hidden_layers', 43),{f: d[f] for f in LAYERS if d.get(f) is not None}
-    n = n if isinstance(n, int) else 0
+    if not isinstance(n, int) or n>MAX_LAYERS: return out
     ratios,hashed = d.get('compress_ratios'),d.get('num_hash_layers')
     if 'layer_types' not in out and ratios:
         if not isinstance(ratios, (list,tuple)) or not all(isinstance(r, int) and r in RATIOS for r in ratios):
@@ -115,7 +115,7 @@ def layer_lists(
     if 'mlp_layer_types' not in out and hashed is not None:
         if not isinstance(hashed, int) or not 0<=hashed<=n: reject('num_hash_layers', hashed, f'must be from 0 to num_hidden_layers={n}')
         if hashed: out['mlp_layer_types'] = ['hash_moe']*hashed+['moe']*(n-hashed)
-    if d.get('model_type')=='deepseek_v4' and n<=MAX_LAYERS:
+    if d.get('model_type')=='deepseek_v4':
         if 'layer_types' not in out and ratios is None: out['layer_types'] = ([HCA]*2+[HCA,CSA]*n)[:n]
         if 'mlp_layer_types' not in out and hashed is None: out['mlp_layer_types'] = (['hash_moe']*3+['moe']*n)[:n]
     return out

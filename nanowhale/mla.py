@@ -62,12 +62,12 @@ def attend_dense(
     o = torch.einsum('bths,bsk->bthk', z.softmax(-1)[...,:-1].to(kv.dtype), kv)
     return (o, z.detach().logsumexp(-1)) if lse else o
 
-# %% ../nbs/02_mla.ipynb #58bbaf6f
+# %% ../nbs/02_mla.ipynb #95fbaff7
 class SinkAttention(torch.autograd.Function):
     "`attend_dense` by PyTorch's fused kernel for the CPU: no scores in memory, forward or backward"
     @staticmethod
     def forward(ctx, q, kv, sinks, mask):
-        "q [B,H,T,K], kv [B,S,K], mask [B or 1,1,T,S] to be added to the scores, or None: causal"
+        "q [B,H,T,K], kv [B,S,K], mask [B or 1,1,T,S] to be added to the scores, or None: causal; returns also the lse [B,H,T], sink included"
         k = kv[:,None].expand(-1, q.shape[1], -1, -1)
         o,lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0., mask is None, attn_mask=mask)
         total = torch.logaddexp(lse, sinks.to(lse.dtype)[:,None])
@@ -146,10 +146,9 @@ def attend_blocks(
     whole = lambda x: x.unflatten(0, (B,n)).flatten(1,2)[:,:T]
     return tuple(map(whole, o)) if lse else whole(o)
 
-# %% ../nbs/02_mla.ipynb #feb5d537
+# %% ../nbs/02_mla.ipynb #ea3d9caf
 class KVCache:
     "A ring of keys = values of one layer: position p lies in slot p modulo the size, and nothing ever moves"
-    kind = 'sliding_attention'
     def __init__(self,
         window:int,     # W, tokens that a query sees, itself among them
         spare:int=0):   # slots beyond the window; passes of 1+spare tokens fit in, and can be taken back
@@ -199,7 +198,7 @@ class GroupedLinear(nn.Linear):
         x,weight = x.unflatten(-1, (self.groups,-1)), self.weight.unflatten(0, (self.groups,-1))
         return torch.einsum('...gi,goi->...go', x, weight).flatten(-2)
 
-# %% ../nbs/02_mla.ipynb #d287f44c
+# %% ../nbs/02_mla.ipynb #88f45b71
 class Attention(nn.Module):
     "V4's sliding-window attention (section 2.3): low-rank queries, one shared key = value, sinks, grouped output"
     def __init__(self,
@@ -212,10 +211,11 @@ class Attention(nn.Module):
         self.kv_proj,self.kv_norm = nn.Linear(D, K, bias=False),RMSNorm(K, self.eps)
         self.sinks = nn.Parameter(torch.zeros(H))
         self.o_a_proj,self.o_b_proj = GroupedLinear(G, H*K//G, O),nn.Linear(G*O, D, bias=False)
-    def query(self, x, cos, sin):
-        "Queries [B,T,H,K] of `x` [B,T,D]: through a low rank, normed per head without a weight, rotated"
-        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))).unflatten(-1, (-1,self.head_dim))
-        return rotate(rms_norm(q, self.eps), cos, sin)
+    def low_rank(self, x): return self.q_a_norm(self.q_a_proj(x))   # [B,T,D] -> [B,T,Q], what all queries of a token are made from
+    def heads(self, low, cos, sin):
+        "Queries [B,T,H,K] of `low_rank` [B,T,Q]: normed per head without a weight, rotated"
+        return rotate(rms_norm(self.q_b_proj(low).unflatten(-1, (-1,self.head_dim)), self.eps), cos, sin)
+    def query(self, x, cos, sin): return self.heads(self.low_rank(x), cos, sin)   # [B,T,D] -> [B,T,H,K]
     def latent(self, x, cos, sin):
         "Keys = values [B,T,K] of `x` [B,T,D]: normed with a weight, rotated"
         return rotate(self.kv_norm(self.kv_proj(x))[:,:,None], cos, sin)[:,:,0]

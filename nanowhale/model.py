@@ -65,14 +65,14 @@ def init_weights(
         elif leaf in ('sinks','base','hc_base','e_score_correction_bias'): p.zero_()
         else: raise ValueError(f'{name}: init_weights has no rule for this name; add one, or it starts as noise')
 
-# %% ../nbs/09_model.ipynb #30ba0ee6
+# %% ../nbs/09_model.ipynb #8db1128b
 class Cache:
     "What generation keeps: a ring of keys = values for each layer, one for their documents if rows have any, and where entries lie"
     def __init__(self,
         cfg,              # a `WhaleConfig`
         spare:int=0,      # slots beyond the window; see `KVCache`
         layers:int=None): # how many plain ones; None: those of the trunk
-        kinds = [SWA]*layers if layers else [kind for kind,_ in cfg.kinds]
+        self.kinds = kinds = [SWA]*layers if layers else [kind for kind,_ in cfg.kinds]
         self.layers = [KVCache(cfg.sliding_window, spare) if kind==SWA else CompressedCache(cfg, kind, spare) for kind in kinds]
         self.docs,self.spare,self.entries = None,spare,{kind: None for kind in kinds if kind!=SWA}   # ends and documents [B or 1,C]
 
@@ -103,10 +103,10 @@ class Cache:
             ends = ends.masked_fill(ends>=self.length-n, NEVER)
             left[kind] = int((ends<NEVER).any(0).sum())
             self.entries[kind] = ends[:,:left[kind]],docs[:,:left[kind]]
-        for ring in self.layers: ring.rewind(n, *([left[ring.kind]] if ring.kind in left else []))
+        for kind,ring in zip(self.kinds, self.layers): ring.rewind(n) if kind==SWA else ring.rewind(n, left[kind])
         if self.docs: self.docs.rewind(n)
 
-# %% ../nbs/09_model.ipynb #b9b8796d
+# %% ../nbs/09_model.ipynb #1533a3cc
 def views(
     cfg,                     # a `WhaleConfig`
     ids:Tensor,              # [B,T] new tokens
@@ -132,7 +132,7 @@ def views(
     return out
 
 def geometry(cfg, ids, docs=None, cache=None):
-    "`views` of plain attention alone"
+    "`views` of plain attention alone: rope and mask"
     return views(cfg, ids, docs, cache)[SWA]
 
 # %% ../nbs/09_model.ipynb #42f5c2b0

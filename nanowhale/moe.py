@@ -117,17 +117,18 @@ class Router(nn.Module):
             scores = self.score(F.linear(upcast(x), upcast(self.weight)))
             return scores, *route(scores, self.e_score_correction_bias, self.k, self.scale)
 
-# %% ../nbs/04_moe.ipynb #5ca472e4
+# %% ../nbs/04_moe.ipynb #a988b9ac
 def hash_table(
     V:int, # vocabulary size
     E:int, # experts
     k:int, # experts per token
 )->Tensor: # [V,k]
     "k different experts for every token id, each expert nearly equally often"
-    out = []
+    ids,out = torch.arange(V),[]
+    if ids.is_meta: return ids.new_empty(V, k)       # a shape alone, for whatever sizes a file claims
     for j in range(k):
         step = next(a for a in range(int(V*math.modf(0.618034*(j+1))[0])+1, 2*V+2) if math.gcd(a, V)==1)
-        new = torch.arange(V)*step%V%(E-j)       # one of those not taken yet
+        new = ids*step%V%(E-j)       # one of those not taken yet
         for taken in torch.stack(out).sort(0).values if out else []: new = new+(new>=taken)
         out.append(new)
     return torch.stack(out, -1)

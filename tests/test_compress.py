@@ -246,13 +246,31 @@ def test_what_a_cache_keeps_is_what_the_formula_says():
     for n in (7, 1, 1, 20, 1):
         whale(torch.randint(30, (1,n)), cache=cache)
         kept = sum(l.kv[:,:min(cache.length, 5)].numel() for l in cache.layers)
-        kept += sum(m.tail[:,-m.keep:].numel()+m.entries.numel() for l in cache.layers if l.kind!=SWA for m in l.far)
+        kept += sum(m.tail[:,-m.keep:].numel()+m.entries.numel() for l in cache.layers for m in getattr(l, 'far', []))
         assert kept==cache_bytes(cfg, cache.length, 1), cache.length
 
 def test_one_token_gathers_what_it_chose():
     scores,seen = torch.randn(3, 1, 9),torch.rand(3, 1, 9)>0.3
     picked = choose(scores, seen, 4)
     for b in range(3): assert picked[b,0].nonzero()[:,0].tolist()==sorted(sorted(seen[b,0].nonzero()[:,0].tolist(), key=lambda i: -scores[b,0,i])[:4])
+
+def test_one_token_sees_all_entries_while_indexers_only_learn():
+    whale,ids = whale_of(),torch.randint(30, (2,T), generator=torch.Generator().manual_seed(12))
+    with torch.no_grad():
+        cache = Cache(whale.cfg)
+        whale(ids[:,:-1], cache=cache, sparse=False)
+        assert_close(whale(ids[:,-1:], cache=cache, sparse=False).logits, whale(ids, sparse=False).logits[:,-1:], atol=1e-9, rtol=1e-9)
+
+def test_rows_of_one_document_have_one_indexers_loss():
+    whale,ids = whale_of(),torch.randint(30, (3,T), generator=torch.Generator().manual_seed(13))
+    for sparse in (True, False):
+        alone = [whale(row[None], labels=row[None], sparse=sparse).indexer_loss for row in ids]
+        assert_close(whale(ids, labels=ids, sparse=sparse).indexer_loss, sum(alone)/3, atol=1e-9, rtol=1e-9)
+
+def test_sizes_that_a_file_claims_cost_nothing():
+    with pytest.raises(ValueError, match='num_hidden_layers'): Whale.from_state_dict(WhaleConfig.from_hf(
+        dict(model_type='deepseek_v4', num_hidden_layers=2*10**9, num_hash_layers=1)), whale_of().state_dict())
+    with torch.device('meta'): assert moe.hash_table(2**31-1, 10**6, 10**6).shape==(2**31-1, 10**6)
 
 def test_gradients_in_float64():
     cfg = mix(num_hidden_layers=2, layer_types=(CSA,HCA), mlp_layer_types=None, index_topk=99)
