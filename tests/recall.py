@@ -81,7 +81,7 @@ def recall_of_indexer(whale, ids):
 def train(kind, seed, steps, B=32, T=128, dense=0.5, lr=4e-3, muon_lr=1e-2, show=False):
     torch.manual_seed(seed)
     whale,g = Whale(config(kind)),torch.Generator().manual_seed(seed+100)
-    opts,start,curve,before = make_optimizers(whale, lr, muon_lr, 0.),time.time(),[],None
+    opts,start,curve,before = make_optimizers(whale, lr, muon_lr, 0.),time.monotonic(),[],None
     probe = stream(16, T, torch.Generator().manual_seed(7))[0]
     for step in range(steps):
         ids,labels,_ = stream(B, T, g)
@@ -95,11 +95,11 @@ def train(kind, seed, steps, B=32, T=128, dense=0.5, lr=4e-3, muon_lr=1e-2, show
         whale.update_router_bias(out.expert_load)
         if step%20==0 or step==steps-1:
             curve.append((step, round(out.loss.item(), 4)))
-            if show: print(*curve[-1], None if out.indexer_loss is None else round(out.indexer_loss.item(), 3), round(time.time()-start), flush=True)
+            if show: print(*curve[-1], None if out.indexer_loss is None else round(out.indexer_loss.item(), 3), round(time.monotonic()-start), flush=True)
     whale.eval()
     test = torch.Generator().manual_seed(999)
     return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, accuracy=accuracy(whale, T, test), indexer=[before, recall_of_indexer(whale, probe)],
-        curve=curve, seconds=round(time.time()-start))
+        curve=curve, seconds=round(time.monotonic()-start))
 
 @torch.no_grad()
 def decode(lengths, repeats=15):

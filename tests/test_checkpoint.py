@@ -27,8 +27,8 @@ def whole(tmp_path_factory): return place(tmp_path_factory.mktemp('runs'))
 
 def wait_for(p, what, seconds=120):
     "Wait until `what()` or until the process has ended; does it still run?"
-    end = time.time()+seconds
-    while not what() and p.poll() is None and time.time()<end: time.sleep(0.002)
+    end = time.monotonic()+seconds
+    while not what() and p.poll() is None and time.monotonic()<end: time.sleep(0.002)
     return p.poll() is None
 
 def steps_done(out): return (out/'metrics.jsonl').read_bytes().count(b'\n') if (out/'metrics.jsonl').exists() else 0

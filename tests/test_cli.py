@@ -158,8 +158,8 @@ def test_ctrl_c_saves(place):
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TQDM_DISABLE': '1'}
     p = subprocess.Popen([*DOOR, 'train', '--data', 'data.txt', '--steps', '100000', '--batch_size', '1', '--context', '32', '--out', 'cutshort'],
                          cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log,deadline = d/'cutshort'/'metrics.jsonl',time.time()+120
-    while not (log.exists() and log.read_text().count('\n')>=2) and time.time()<deadline: time.sleep(0.2)
+    log,deadline = d/'cutshort'/'metrics.jsonl',time.monotonic()+120
+    while not (log.exists() and log.read_text().count('\n')>=2) and time.monotonic()<deadline: time.sleep(0.2)
     p.send_signal(signal.SIGINT)
     out,err = p.communicate(timeout=240)
     assert p.returncode==130 and 'Traceback' not in err, err

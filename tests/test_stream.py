@@ -138,8 +138,8 @@ def test_another_process_changes_nothing_and_its_loss_is_told(tmp_path):
     os.kill(rest.loader._workers[0].pid, signal.SIGINT)       # Ctrl-C in a terminal reaches every process
     assert all(same(rest.take(7), r) for r in rows[5:12])
     os.kill(worker.pid, signal.SIGKILL)
-    end = time.time()+1
-    while time.time()<end: pass                               # work goes on undisturbed
+    end = time.monotonic()+1
+    while time.monotonic()<end: pass                               # work goes on undisturbed
     where = stream.state()
     with pytest.raises(OSError, match='the process that prepares the data was lost') as e:
         while True: where = stream.state(); stream.take(50)
