@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from .config import CSA
+from .linear import Linear
 from .rope import rope_cos_sin, rotate, upcast
 from .mla import Attention, KVCache, RMSNorm, attend
 
@@ -93,7 +94,7 @@ class Compressor(nn.Module):
         super().__init__()
         D,series = cfg.hidden_size,1+overlap
         self.rate,self.slots,self.width = rate,rate*series,width
-        self.kv_proj,self.gate_proj = nn.Linear(D, series*width, bias=False),nn.Linear(D, series*width, bias=False)
+        self.kv_proj,self.gate_proj = Linear(D, series*width),Linear(D, series*width)
         self.position_bias,self.kv_norm = nn.Parameter(torch.zeros(rate, series*width)),RMSNorm(width, cfg.rms_norm_eps)
 
     def weigh(self,
@@ -168,8 +169,8 @@ class Indexer(Compressor):
         cfg):  # a `WhaleConfig`
         super().__init__(cfg, cfg.compress_rate_csa, cfg.index_head_dim, overlap=True)
         J,self.topk = cfg.index_n_heads,cfg.index_topk
-        self.q_b_proj = nn.Linear(cfg.q_lora_rank, J*self.width, bias=False)
-        self.scorer = nn.ModuleDict(dict(weights_proj=nn.Linear(cfg.hidden_size, J, bias=False)))   # named as in checkpoints
+        self.q_b_proj = Linear(cfg.q_lora_rank, J*self.width)
+        self.scorer = nn.ModuleDict(dict(weights_proj=Linear(cfg.hidden_size, J)))   # named as in checkpoints
 
     def scores(self,
         x:Tensor,     # [B,T,D] input of the layer

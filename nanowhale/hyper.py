@@ -6,9 +6,10 @@
 __all__ = ['collapse', 'mix', 'Divide', 'sinkhorn', 'project', 'HyperConnection', 'HyperHead']
 
 # %% ../nbs/05_hyper.ipynb #8df82382
-import torch, torch.nn.functional as F
+import torch
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
+from .linear import linear
 from .rope import upcast
 
 # %% ../nbs/05_hyper.ipynb #55564365
@@ -72,7 +73,7 @@ def project(
     x = upcast(X.flatten(-2))
     with torch.autocast(X.device.type, enabled=False):
         mean_square = torch.linalg.vecdot(x, x)/x.shape[-1]
-        return F.linear(x, upcast(fn))*(mean_square+eps).rsqrt()[...,None]
+        return linear(x, upcast(fn))*(mean_square+eps).rsqrt()[...,None]
 
 # %% ../nbs/05_hyper.ipynb #a1786bc6
 class HyperConnection(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 from .config import SIZES, SWA, WhaleConfig
+from .linear import Linear
 from .rope import rope_cos_sin
 from .mla import RMSNorm, KVCache, row_mask, window_mask
 from .compress import NEVER, CompressedCache, document_starts, far_rope, make_blocks
@@ -246,7 +247,7 @@ class Whale(Portable, nn.Module):
         super().__init__()
         self.cfg,device = cfg,torch.get_default_device()
         with torch.device('meta'):
-            self.model,self.lm_head = Trunk(cfg),nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+            self.model,self.lm_head = Trunk(cfg),Linear(cfg.hidden_size, cfg.vocab_size)
             self.mtp = nn.ModuleList(MTPBlock(cfg) for _ in range(cfg.num_nextn_predict_layers))
         init_weights(self.to_empty(device=device), cfg.initializer_range)
 

@@ -10,6 +10,7 @@ __all__ = ['SCORES', 'sqrt_softplus', 'gate_weights', 'route', 'swiglu', 'expert
 import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from typing import NamedTuple
+from .linear import Linear, linear
 from .rope import upcast
 
 # %% ../nbs/04_moe.ipynb #f7a945c5
@@ -73,8 +74,8 @@ def dispatch(
     order = idx.flatten().argsort(stable=True)
     token = order//idx.shape[1]
     share = x[token].split(expert_load(idx, len(down)).tolist())
-    hidden = [swiglu(*F.linear(xe, gu).chunk(2, -1), limit) for xe,gu in zip(share, gate_up)]
-    y = torch.cat([F.linear(h, d) for h,d in zip(hidden, down)])
+    hidden = [swiglu(*linear(xe, gu).chunk(2, -1), limit) for xe,gu in zip(share, gate_up)]
+    y = torch.cat([linear(h, d) for h,d in zip(hidden, down)])
     y = y*w.flatten()[order,None]
     return torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y).to(x.dtype)
 
@@ -114,7 +115,7 @@ class Router(nn.Module):
         x:Tensor, # [...,D] tokens
     )->tuple:     # scores [...,E], chosen experts [...,k], gate weights [...,k]
         with torch.autocast(x.device.type, enabled=False):
-            scores = self.score(F.linear(upcast(x), upcast(self.weight)))
+            scores = self.score(linear(upcast(x), upcast(self.weight)))
             return scores, *route(scores, self.e_score_correction_bias, self.k, self.scale)
 
 # %% ../nbs/04_moe.ipynb #a988b9ac
@@ -147,7 +148,7 @@ class HashRouter(Router):
         ids:Tensor, # [...] their ids
     )->tuple:       # scores [...,E], chosen experts [...,k], gate weights [...,k]
         with torch.autocast(x.device.type, enabled=False):
-            scores,idx = self.score(F.linear(upcast(x), upcast(self.weight))),self.tid2eid[ids]
+            scores,idx = self.score(linear(upcast(x), upcast(self.weight))),self.tid2eid[ids]
             return scores, idx, gate_weights(scores, idx, self.scale)
 
 # %% ../nbs/04_moe.ipynb #535ea3e7
@@ -175,8 +176,7 @@ class SharedExpert(nn.Module):
     ):
         super().__init__()
         D,I,self.limit = cfg.hidden_size,cfg.moe_intermediate_size,cfg.swiglu_limit
-        self.gate_proj,self.up_proj = nn.Linear(D, I, bias=False),nn.Linear(D, I, bias=False)
-        self.down_proj = nn.Linear(I, D, bias=False)
+        self.gate_proj,self.up_proj,self.down_proj = Linear(D, I),Linear(D, I),Linear(I, D)
 
     def forward(self,
         x:Tensor, # [...,D]

@@ -7,8 +7,9 @@ __all__ = ['shift_labels', 'next_embeddings', 'LinearCrossEntropy', 'head_loss',
 
 # %% ../nbs/07_mtp.ipynb #22153561
 import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from .linear import Linear, product
 from .mla import RMSNorm
 from .hyper import HyperHead
 from .block import Block
@@ -43,22 +44,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, labels, dtype, grad):
         "h [M,D], weight [V,D], labels [M]; products in `dtype`, sums in float32 or better"
         W,hs,full = weight.to(dtype),h.to(dtype),torch.promote_types(dtype, torch.float32)
-        rows = max(1, 2**(25 if h.device.type=='cpu' else 28)//len(W))
-        dh,dW = (torch.empty_like(hs), torch.zeros(W.shape, dtype=full, device=W.device)) if grad else (None, None)
+        rows = max(1, 2**(26 if h.device.type=='cpu' else 28)//len(W))
+        dh,dW = torch.zeros_like(hs),None
         loss = torch.zeros((), dtype=full, device=h.device)
         for a in range(0, len(hs), rows):
             x,y = hs[a:a+rows],labels[a:a+rows]
             on,y = (y!=-100)[:,None],y.clamp(min=0)
-            z = F.linear(x, W).to(full)
+            z = product(x, W).to(full)
             at_y,top = z.gather(1, y[:,None]),z.amax(1, keepdim=True)
             s = z.sub_(top).exp_().sum(1, keepdim=True)
             loss += ((top+s.log()-at_y)*on).sum()
             if not grad: continue
             e,share = z.scatter_add_(1, y[:,None], -s).to(dtype),on/s
-            dh[a:a+rows] = (e@W)*share
-            if dtype==full: dW.addmm_(e.T, x*share)
-            else: dW += e.T@(x*share).to(dtype)
-        if grad: ctx.save_for_backward(dh.to(h.dtype), dW.to(weight.dtype))
+            dh[a:a+rows] = product(e, W.mT)*share
+            more = product(e.mT, (x*share).to(dtype).mT).to(full)
+            dW = more if dW is None else dW.add_(more)
+        if grad: ctx.save_for_backward(dh.to(h.dtype), torch.zeros_like(weight) if dW is None else dW.to(weight.dtype))
         return loss
     @staticmethod
     @once_differentiable
@@ -85,7 +86,7 @@ class MTPBlock(Block):
         super().__init__(cfg)
         D,eps = cfg.hidden_size,cfg.rms_norm_eps
         self.enorm,self.hnorm,self.norm = RMSNorm(D, eps),RMSNorm(D, eps),RMSNorm(D, eps)
-        self.e_proj,self.h_proj = nn.Linear(D, D, bias=False),nn.Linear(D, D, bias=False)
+        self.e_proj,self.h_proj = Linear(D, D),Linear(D, D)
         self.hc_head = HyperHead(cfg)
 
     def streams(self,
