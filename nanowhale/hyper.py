@@ -18,7 +18,7 @@ def collapse(
     X:Tensor,   # [B,T,N,D] streams
 )->Tensor:      # [B,T,D] in the dtype of X
     "What a sublayer reads: the weighted sum of the streams"
-    with torch.autocast(X.device.type, enabled=False): return torch.einsum('btn,btnd->btd', pre, upcast(X)).to(X.dtype)
+    with torch.autocast(X.device.type, enabled=False): return (pre[...,None,:]@upcast(X))[...,0,:].to(X.dtype)
 
 # %% ../nbs/05_hyper.ipynb #3e7c3142
 def mix(
@@ -29,8 +29,8 @@ def mix(
 )->Tensor:       # [B,T,N,D] in the dtype of X
     "The streams after a sublayer: `post[k]*y + sum_j comb[j,k]*X[j]` (V4 paper, eqs. 1-8)"
     with torch.autocast(X.device.type, enabled=False):
-        written,kept = torch.einsum('btk,btd->btkd', post, upcast(y)),torch.einsum('btjk,btjd->btkd', comb, upcast(X))
-        return (written+kept).to(X.dtype)
+        weights = torch.cat([post[...,None,:], comb], -2)                       # [B,T,1+N,N]: the output is one source more
+        return (weights.mT@torch.cat([upcast(y)[...,None,:], upcast(X)], -2)).to(X.dtype)
 
 # %% ../nbs/05_hyper.ipynb #c39d5645
 class Divide(torch.autograd.Function):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from .linear import products
 
 # %% ../nbs/11_optim.ipynb #85d89fe7
 LIFT,SETTLE = (3.4445, -4.7750, 2.0315),(2.0, -1.5, 0.5)   # a, b, c of the two polynomials
@@ -22,12 +23,13 @@ def newton_schulz(
 ) -> Tensor:                                # [...,rows,cols] the same directions, singular values near one
     "Orthogonalise matrices by matrix products alone (DeepSeek-V4 section 2.4, algorithm 1)"
     wide = G.shape[-2]<=G.shape[-1]
-    X = G if wide else G.mT                 # the products below have the size of the smaller side
+    X = (G if wide else G.mT).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:])).contiguous()   # the products below have the size of the smaller side
     X = X/(torch.linalg.matrix_norm(X, keepdim=True)+1e-7)
+    if X.is_cuda: X = X.bfloat16()          # enough, says section 3.4.1, and tensor cores do little else
     for a,b,c in coefs:
-        S = X@X.mT
-        X = a*X + (b*S+c*S@S)@X
-    return X if wide else X.mT
+        S = products(X, X)                  # X @ X.T; symmetric, so the next line squares it
+        X = a*X + products(b*S+c*products(S, S), X.mT)
+    return (X if wide else X.mT).reshape(G.shape).to(G.dtype)
 
 # %% ../nbs/11_optim.ipynb #2ea6e8c4
 def whole(
