@@ -9,6 +9,7 @@ __all__ = ['alternate', 'ceilings', 'make_sides', 'adamw', 'training_job', 'Cloc
 
 # %% ../nbs/18_bench.ipynb #79053a21
 import json, time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -16,10 +17,11 @@ from pathlib import Path
 from statistics import median
 import torch
 from torch import Tensor, nn
-from .config import cache_bytes, count_flops, count_params, get_preset
+from .config import SWA, cache_bytes, count_flops, count_params, get_preset
 from .generate import evaluating, generate, next_logits
 from .hyper import collapse, mix
-from .model import Cache, Whale, geometry
+from .linear import product
+from .model import Cache, Whale, views
 from .mtp import head_loss, shift_labels
 from .optim import make_optimizers
 from .step import cast
@@ -46,13 +48,16 @@ def ceilings(
     device:torch.device,  # of which to ask
     repeats:int=5,        # see `alternate`
     side:int=None,        # of the matrices; None: 1,024 on a CPU, 8,192 on a GPU
-)->dict:                  # fp32 and bf16: FLOP/s of a large product; copy: bytes/s, read and written
+)->dict:                  # fp32 and bf16: FLOP/s of a large product; copy: bytes/s, read and written; read: bytes/s, summed
     "The machine's own limits, measured"
     n = side or (8192 if device.type=='cuda' else 1024)
     pairs = {name: torch.randn(2, n, n, device=device, dtype=dtype) for name,dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items()}
     block,to = torch.ones(2, 2**26, device=device)
-    took = alternate({name: lambda ab=ab: ab[0]@ab[1].mT for name,ab in pairs.items()} | dict(copy=lambda: to.copy_(block)), repeats, device)
-    return {name: (2*block.nbytes if name=='copy' else 2*n**3)/s for name,s in took.items()}
+    jobs = {name: lambda ab=ab: product(*ab) for name,ab in pairs.items()} | dict(blas=lambda: pairs['fp32'][0]@pairs['fp32'][1].mT)
+    took = alternate(jobs | dict(copy=lambda: to.copy_(block), read=block.sum), repeats, device)
+    took['fp32'] = min(took['fp32'], took.pop('blas'))            # whichever library is faster
+    bytes_moved = dict(copy=2*block.nbytes, read=block.nbytes)
+    return {name: bytes_moved.get(name, 2*n**3)/s for name,s in took.items()}
 
 # %% ../nbs/18_bench.ipynb #a6c18af7
 def make_sides(
@@ -70,7 +75,9 @@ def make_sides(
     whale = Whale(cfg).to(dtype)
     sides = dict(nanowhale=whale)
     if peer and not mtp:
-        sides['transformers'] = whale.to_hf()
+        sides['transformers'] = hf = whale.to_hf()
+        for name,p in hf.named_parameters():         # what its own loader would make of the weights
+            if not any(kept in name for kept in hf._keep_in_fp32_modules_strict): p.data = p.data.to(dtype)
         if (cfg.hidden_size|cfg.moe_intermediate_size)%8==0: sides['transformers'].set_experts_implementation('grouped_mm')   # its fastest
     return {name: m.to(device) for name,m in sides.items()}
 
@@ -218,7 +225,7 @@ def bench(
     head,mtp = 2*cfg.hidden_size*cfg.vocab_size,replace(cfg, num_nextn_predict_layers=1)
     share = dict(training={k: 3*work(mtp if 'MTP' in k else cfg)*v/top[dtype] for k,v in train.items()},
         prefill={k: (work(cfg)-head+head/T)*v/top[dtype] for k,v in prefill.items()},
-        decoding={k: token_bytes(cfg, prompt+tokens//2, 2 if bf16 else 4)*v/top['copy'] for k,v in decode.items()})
+        decoding={k: token_bytes(cfg, prompt+tokens//2, 2 if bf16 else 4)*v/max(top['copy'], top['read']) for k,v in decode.items()})
     res = dict(preset=preset, dtype=dtype, batch_size=batch_size, context=T, hardware=hardware(device), torch=torch.__version__, repeats=repeats,
         ceilings={k: round(v/1e9, 1) for k,v in top.items()}, losses=losses, training=train, prefill=prefill, decoding=decode, memory=memory,
         share={k: {n: round(x, 3) for n,x in v.items()} for k,v in share.items()})
@@ -234,7 +241,7 @@ def table(
     "The figures as text"
     c = res['ceilings']
     lines = [f"{res['preset']}, {res['batch_size']} x {res['context']}, {res['dtype']}, {res['hardware']}",
-        f"ceilings: {c['fp32']:,.0f} GFLOP/s fp32, {c['bf16']:,.0f} GFLOP/s bf16, {c['copy']:,.0f} GB/s copied",
+        f"ceilings: {c['fp32']:,.0f} GFLOP/s fp32, {c['bf16']:,.0f} GFLOP/s bf16, {c['copy']:,.0f} GB/s copied, {c['read']:,.0f} GB/s read",
         'loss before the first step: '+', '.join(f'{n} {x:.5f}' for n,x in res['losses'].items()), '',
         f"{'':10}{'':20}{'':>12}{'of ceiling':>14}{'x transformers':>16}"]
     for what,unit in dict(training='tokens/s', prefill='tokens/s', decoding='tokens/s', memory='MiB').items():
@@ -276,25 +283,29 @@ def profile_step(
 )->dict:                   # part -> seconds in one training step; `step` is all of it
     "A training step of the whole whale, MTP included, split by component"
     whale = make_sides(preset, device, T, mtp=True)['nanowhale']
-    cfg,layer,opts = whale.cfg,whale.model.layers[0],make_optimizers(whale, 1e-5, 1e-5)
+    cfg,opts = whale.cfg,make_optimizers(whale, 1e-5, 1e-5)
     ids = torch.randint(0, cfg.vocab_size, (B,T), device=device)
-    rope,mask = geometry(cfg, ids)
+    seen = views(cfg, ids)
     x,X = torch.randn(B, T, cfg.hidden_size, device=device),torch.randn(B, T, cfg.hc_mult, cfg.hidden_size, device=device)
     step = training_job(whale, [], ids, precision)
     step()
-    def hyper(X):
-        pre,post,comb = layer.attn_hc(X)
+    def hyper(hc, X):
+        pre,post,comb = hc(X)
         return mix(post, comb, X, collapse(pre, X))
-    parts = dict(attention=there_and_back(lambda x: layer.self_attn(layer.input_layernorm(x), rope, mask), x),
-        moe=there_and_back(lambda x: layer.mlp(layer.post_attention_layernorm(x))[0], x), hyper=there_and_back(hyper, X),
-        head=there_and_back(lambda x: head_loss(x, whale.lm_head.weight, shift_labels(ids, 1)), x),
-        mtp=there_and_back(lambda X, x: whale.mtp[0](X, x, rope, mask)[0], X, x))
+    parts = dict(head=there_and_back(lambda x: head_loss(x, whale.lm_head.weight, shift_labels(ids, 1)), x),
+        mtp=there_and_back(lambda X, x: whale.mtp[0](X, x, *seen[SWA])[0], X, x))
+    times = dict(head=1, mtp=1, optimizer=1)
+    for (kind,mlp),n in Counter(cfg.kinds).items():           # one layer of each kind stands for all of it
+        layer = whale.model.layers[cfg.kinds.index((kind, mlp))]
+        for part,job in dict(attention=there_and_back(lambda x, l=layer, v=seen[kind]: l.self_attn(l.input_layernorm(x), *v), x),
+                moe=there_and_back(lambda x, l=layer: l.mlp(l.post_attention_layernorm(x), ids)[0], x),
+                hyper=there_and_back(lambda X, l=layer: hyper(l.attn_hc, X), X)).items():
+            parts[part,kind,mlp],times[part,kind,mlp] = job,2*n if part=='hyper' else n
     def cast_job(job):
         with cast(device, precision): job()
     jobs = {name: lambda job=job: cast_job(job) for name,job in parts.items()} | dict(step=step, optimizer=lambda: [opt.step() for opt in opts])
-    took,L = alternate(jobs, repeats, device),cfg.num_hidden_layers
-    times = dict(attention=L, moe=L, hyper=2*L, head=1, mtp=1, optimizer=1)
-    res = {name: n*took[name] for name,n in times.items()}
+    took,res = alternate(jobs, repeats, device),dict(attention=0, moe=0, hyper=0, head=0, mtp=0, optimizer=0)
+    for name,n in times.items(): res[name[0] if isinstance(name, tuple) else name] += n*took[name]
     res['mtp'] += res['head']
     whole = took['step']+took['optimizer']
     return {k: round(v, 5) for k,v in dict(**res, other=whole-sum(res.values()), step=whole).items()}

@@ -5,6 +5,9 @@
     python tests/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
     python tests/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
     python tests/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
+    python tests/measure.py products                   one matrix product, by several libraries                 results/products.json
+    python tests/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
+    python tests/measure.py bench [--repeats N]        `nanowhale bench` at three sizes, in fp32 and in bf16       results/bench.json
     python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
 
@@ -90,6 +93,92 @@ def tune(args):
     one = dict(held_out_bits_per_byte=table, load_entropy=entropy, seeds=args.seeds, targets=runs[0]['results']['targets seen in training'],
         hardware=runs[0]['hardware'])
     record('tuning', tables=earlier | {f'{args.recipe}: {args.field}': dict(command=' '.join(['tests/measure.py', *sys.argv[1:]]), **one)})
+
+def products(args):
+    "The six versions of 00_linear, and the rate at which one row's product reads its weights"
+    import torch, torch.nn.functional as F
+    from nanowhale.bench import alternate
+    from nanowhale.linear import onednn
+    torch.manual_seed(0); torch.set_grad_enabled(False)
+    x,W = torch.randn(512, 320),torch.randn(1280, 320)
+    def loops(x, W):
+        for a in x.tolist():
+            for b in W.tolist():
+                total = 0.
+                for k in range(len(a)): total += a[k]*b[k]
+    def dots(x, W):
+        for a in x:
+            for b in W: (a*b).sum()
+    def rows(x, W):
+        for a in x: W@a
+    half = x.bfloat16(),W.bfloat16()
+    plans = {'three loops': (loops, x[:1], W[:64]), 'dot products': (dots, x[:8], W[:64]), 'matrix times vector': (rows, x[:32], W),
+        'BLAS': (lambda x, W: x@W.T, x, W), 'oneDNN': (onednn, x, W), 'bfloat16': (F.linear, *half)}
+    took = alternate({name: lambda p=p: p[0](*p[1:]) for name,p in plans.items()}, 7)
+    rates = {name: round(2*len(p[1])*p[2].numel()/took[name]/1e9, 4) for name,p in plans.items()}
+    one,head = torch.randn(1, 320),torch.randn(129280, 320)
+    took = alternate({'BLAS': lambda: F.linear(one, head), 'oneDNN': lambda: onednn(one, head)}, 7)
+    record('products', seed=0, cpu_capability=torch.backends.cpu.get_cpu_capability(), maker=maker(), gflops=rates,
+        one_row_gbytes={name: round(head.nbytes/s/1e9, 1) for name,s in took.items()})
+
+def maker():
+    "Who made the processor, where the system tells"
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'vendor_id\s*: (\S+)', info.read_text()) if info.exists() else None
+    return found and found[1]
+
+def scaling(args):
+    "Milliseconds forward and backward of one part of a layer at the width of the 110M whale, beside the formula's FLOPs"
+    import torch
+    from dataclasses import replace
+    from nanowhale.bench import alternate, there_and_back
+    from nanowhale.config import CSA, HCA, SWA, layer_flops, nanowhale_v4
+    from nanowhale.hyper import HyperConnection, collapse, mix
+    from nanowhale.mla import Attention
+    from nanowhale.compress import CompressedAttention
+    from nanowhale.model import views
+    from nanowhale.moe import MoE
+    torch.manual_seed(0)
+    out,cfg = {},replace(nanowhale_v4(), num_hidden_layers=1, layer_types=None, mlp_layer_types=None, vocab_size=512)
+    def attention(kind, T, window=128):
+        c = replace(cfg, layer_types=(kind,), sliding_window=window, max_position_embeddings=max(T, window))
+        layer = Attention(c) if kind==SWA else CompressedAttention(c, kind)
+        parts = layer_flops(c, T, kind)
+        seen,x = views(c, torch.zeros(1, T).long())[kind],torch.randn(1, T, cfg.hidden_size)
+        return there_and_back(lambda x: layer(x, *seen), x),3*T*sum(v for k,v in parts.items() if k in ('attention', 'scores', 'compress'))
+    def moe(E, T):
+        layer,x = MoE(replace(cfg, n_routed_experts=E)),torch.randn(1, T, cfg.hidden_size)
+        return there_and_back(lambda x: layer(x)[0], x),3*T*layer_flops(replace(cfg, n_routed_experts=E), T)['moe']
+    def hyper(N, T):
+        c = replace(cfg, hc_mult=N)
+        hc,X = HyperConnection(c),torch.randn(1, T, N, cfg.hidden_size)
+        def f(X):
+            pre,post,comb = hc(X)
+            return mix(post, comb, X, collapse(pre, X))
+        return there_and_back(f, X),3*T*layer_flops(c, T)['hyper']/2
+    def measure(name, jobs):
+        took = alternate({k: job for k,(job,_) in jobs.items()}, args.repeats)
+        out[name] = [dict(at=k, milliseconds=round(1000*took[k], 2), flops=round(f)) for k,(_,f) in jobs.items()]
+        print(name, out[name], flush=True)
+    Ts = (256, 512, 1024, 2048, 4096)
+    for name,kind,window in (('whole context', SWA, 4096), ('window', SWA, 128), ('csa', CSA, 128), ('hca', HCA, 128)):
+        measure(name, {T: attention(kind, T, window) for T in Ts})
+    measure('experts', {E: moe(E, 2048) for E in (2, 4, 8, 16, 32)})
+    measure('tokens', {T: moe(4, T) for T in (256, 512, 1024, 2048, 4096)})
+    measure('streams', {N: hyper(N, 2048) for N in (1, 2, 4, 8)})
+    record('scaling', seed=0, runs=out)
+
+def bench(args):
+    "`nanowhale bench`, at the sizes that the chapter shows"
+    path = ROOT/'results'/'bench.json'
+    path.unlink(missing_ok=True)
+    for dtype in ('fp32', 'bf16'):
+        for B,T in ((1,512), (2,1024), (1,2048)):
+            words = ['bench', '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', args.repeats]
+            print(nanowhale(*words, '--profile', '--out', path), flush=True)
+    rows = json.loads(path.read_text())
+    head = provenance('python tests/measure.py bench')
+    path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
 
 EVERYWHERE = '''
 import re, sys, torch, nanowhale.model as M, nanowhale.train as T
@@ -193,6 +282,9 @@ if __name__=='__main__':
     a = sub.add_parser('identity'); a.set_defaults(f=identity); a.add_argument('--model', help='folder of a trained run; none: the default run first')
     for name,n in dict(seed=0, prompts=200, hf_prompts=50, tokens=40, drafted_tokens=40, drafts=2).items():
         a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
+    sub.add_parser('products').set_defaults(f=products)
+    for f,n in ((scaling, 5), (bench, 5)):
+        a = sub.add_parser(f.__name__); a.add_argument('--repeats', type=int, default=n); a.set_defaults(f=f)
     a = sub.add_parser('full'); a.set_defaults(f=full)
     for name in ('data', 'tokenizer'): a.add_argument(f'--{name}', required=True)
     for name in ('device', 'eval', 'folder'): a.add_argument(f'--{name}')
