@@ -76,7 +76,7 @@ def head_loss(
     dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
     h,labels,grad = h.flatten(0,1),labels.flatten().long(),torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     n = (labels!=-100).sum().clamp(min=1)
-    if h.device.type=='cpu': h,labels = h[labels!=-100],labels[labels!=-100]   # elsewhere one would wait for the count
+    if h.device.type=='cpu' and not torch.compiler.is_compiling(): h,labels = h[labels!=-100],labels[labels!=-100]   # elsewhere one would wait for the count
     with torch.autocast(h.device.type, enabled=False): return LinearCrossEntropy.apply(h, weight, labels, dtype, grad)/n
 
 # %% ../nbs/07_mtp.ipynb #67e44124

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from nanowhale import mla
 from nanowhale.config import WhaleConfig, nanowhale_100m
-from nanowhale.mla import Attention, GroupedLinear, KVCache, RMSNorm, attend, attend_dense, rms_norm, row_mask, window_mask
+from nanowhale.mla import Attention, GroupedLinear, KVCache, RMSNorm, attend, attend_dense, chunk_scores, rms_norm, row_mask, window_mask
 from nanowhale.rope import rope_cos_sin
 
 # ---------------------------------------------------------------- the setting: sizes, modules, the loops
@@ -395,7 +395,7 @@ def test_the_mask_of_a_long_row_is_linear_in_it():
 
 @pytest.mark.parametrize('T,W', [(64,64), (200,30)])
 @pytest.mark.parametrize('packed', [False, True])
-def test_the_fused_kernel_in_bf16_is_no_worse_than_dense_attention(T, W, packed):
+def test_attention_in_bf16_is_no_worse_than_dense_attention(T, W, packed):
     leaves,docs,far_mask = rows(T, T, torch.float64)
     leaves = [x.bfloat16().double() for x in leaves]
     fast,dense = fast_and_dense(T, W, docs if packed else None, far_mask, torch.arange(T), 64)
@@ -451,3 +451,20 @@ def test_norm_matches_transformers():
 def test_nothing_hides_from_the_state_dict():
     attn = Attention(random_config(0))
     assert not list(attn.buffers()) and len(attn.state_dict())==8
+
+@pytest.mark.parametrize('T', [1, 127, 128, 129, 300])
+@pytest.mark.parametrize('masked', [False, True])
+def test_chunks_of_queries_are_dense_attention(T, masked):
+    g = torch.Generator().manual_seed(T)
+    leaves = [torch.randn(2, T, 3, 16, generator=g), torch.randn(2, T, 16, generator=g), torch.randn(3, generator=g)]
+    pos,docs = torch.arange(T),(torch.arange(T)>T//3).long().expand(2, -1)
+    whole = window_mask(pos, pos, T, docs if masked else None)
+    fast = both_ways(lambda *x: attend(*x, whole if masked else None), leaves)
+    for a,b in zip(fast, both_ways(lambda *x: attend_dense(*x, whole), leaves)): assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+def test_a_chunk_reaches_as_far_as_its_mask():
+    q,kv = torch.randn(1, 300, 2, 8),torch.randn(1, 300, 8)
+    pos = torch.arange(300)
+    assert [s for _,s,_ in chunk_scores(q, kv, window_mask(pos, pos, 300))]==[128, 256, 300]==[s for _,s,_ in chunk_scores(q, kv, None)]
+    blind = torch.zeros(1, 300, 300).bool()
+    assert all(z.isneginf().all() for _,_,z in chunk_scores(q, kv, blind))

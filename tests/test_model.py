@@ -7,6 +7,7 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 import nanowhale.model
+from nanowhale import moe
 from nanowhale.config import SWA, WhaleConfig, count_params, nanowhale_100m, tiny
 from nanowhale.mla import KVCache
 from nanowhale.model import Cache, Whale, init_weights, views
@@ -493,3 +494,14 @@ def test_planted_uninitialised_parameter():
             self.extra = nn.Parameter(torch.empty(3))
     with pytest.raises(AssertionError, match='extra is not initialised'): check_init(Forgot)
     with pytest.raises(ValueError, match='extra: init_weights has no rule'): init_weights(Forgot(small()), 0.3)
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_step_is_one_graph_for_the_compiler(packed, monkeypatch):
+    "As on a GPU, where the experts run in groups; a break would cost a launch and a wait"
+    if not hasattr(torch.nn.functional, 'grouped_mm'): pytest.skip('this torch has no grouped products')
+    monkeypatch.setattr(moe, 'one_by_one', moe.grouped)
+    whale = Whale(replace(tiny(), num_hidden_layers=1)).bfloat16()
+    ids = torch.randint(0, 4096, (2,100))
+    docs = (torch.arange(100)>60).long().expand(2, -1) if packed else None
+    seen = torch._dynamo.explain(whale)(ids, labels=ids, docs=docs)
+    assert (seen.graph_count, seen.graph_break_count)==(1, 0), seen.break_reasons
