@@ -467,4 +467,4 @@ def test_a_chunk_reaches_as_far_as_its_mask():
     pos = torch.arange(300)
     assert [s for _,s,_ in chunk_scores(q, kv, window_mask(pos, pos, 300))]==[128, 256, 300]==[s for _,s,_ in chunk_scores(q, kv, None)]
     blind = torch.zeros(1, 300, 300).bool()
-    assert all(z.isneginf().all() for _,_,z in chunk_scores(q, kv, blind))
+    assert all((z<-1e29).all() for _,_,z in chunk_scores(q, kv, blind))
