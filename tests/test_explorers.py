@@ -1,0 +1,160 @@
+"""The explorers' JavaScript beside the package: rotation, Sinkhorn, tokens, and the logits of a whole whale. Pages in a browser: slow"""
+import importlib.util, json, random, shutil, subprocess
+from pathlib import Path
+from pydoc_data.topics import topics
+import pytest, torch
+from torch.testing import assert_close
+from nanowhale.config import tiny
+from nanowhale.data import load_tokenizer, train_tokenizer
+from nanowhale.hyper import sinkhorn
+from nanowhale.model import Cache, Whale
+from nanowhale.moe import SCORES, route
+from nanowhale.rope import rope_cos_sin, rotate
+
+EXPLORERS = Path(__file__).resolve().parents[1]/'nbs'/'site'/'explorers'
+ENGLISH = list(topics.values())
+spec = importlib.util.spec_from_file_location('explorers_build', EXPLORERS/'build.py')
+build = importlib.util.module_from_spec(spec); spec.loader.exec_module(build)
+
+needs_node = pytest.mark.skipif(not shutil.which('node'), reason='needs node, which runs the JavaScript')
+
+HEAD = '''import fs from "node:fs"
+import * as whale from "WHALE"
+import {Tokenizer} from "TOKENIZER"
+const given = JSON.parse(fs.readFileSync(0)), read = name => fs.readFileSync(given.folder+"/"+name), json = name => JSON.parse(read(name))
+const load = () => { const b = read("model.safetensors")
+  return new whale.Whale(json("config.json"), b.buffer.slice(b.byteOffset, b.byteOffset+b.length)) }
+const say = x => console.log(JSON.stringify(x, (_, v) => ArrayBuffer.isView(v) ? Array.from(v) : v))
+'''
+
+def js(code, **given):
+    "What a few lines of JavaScript say, given some values"
+    head = HEAD.replace('WHALE', (EXPLORERS/'whale.js').as_uri()).replace('TOKENIZER', (EXPLORERS/'tokenizer.js').as_uri())
+    res = subprocess.run(['node', '--input-type=module', '-e', head+code], input=json.dumps(given), capture_output=True, text=True, timeout=120)
+    assert res.returncode==0, res.stderr[-3000:]
+    return json.loads(res.stdout)
+
+# ---------------------------------------------------------------- the parts
+
+@needs_node
+def test_rotation():
+    torch.manual_seed(0)
+    x,pos,theta = torch.randn(5,1,12),torch.tensor([0, 1, 7, 100, 511]),500.
+    there = js('say(given.x.map((x, i) => whale.rotate(x, whale.ropeAngles(given.pos[i], 8, given.theta))))', x=x[:,0].tolist(), pos=pos.tolist(), theta=theta)
+    cos,sin = rope_cos_sin(pos, 8, theta)
+    assert_close(torch.tensor(there)[:,None], rotate(x, cos, sin), rtol=0, atol=1e-4)
+    back = js('say(given.x.map((x, i) => whale.rotate(x, whale.ropeAngles(given.pos[i], 8, given.theta), -1)))', x=there, pos=pos.tolist(), theta=theta)
+    assert_close(torch.tensor(back), x[:,0], rtol=0, atol=1e-6)
+
+@needs_node
+def test_sinkhorn():
+    torch.manual_seed(0)
+    cases = [(n, iters, (size*torch.randn(n, n)).double()) for n in (2, 3, 4) for iters in (1, 2, 20) for size in (.5, 3, 30)]
+    got = js('say(given.cases.map(([iters, logits]) => whale.sinkhorn(logits, iters)))', cases=[[i, x.flatten().tolist()] for _,i,x in cases])
+    for (n,iters,x),y in zip(cases, got): assert_close(torch.tensor(y, dtype=torch.float64).view(n, n), sinkhorn(x, iters), rtol=1e-9, atol=1e-12)
+
+@needs_node
+@pytest.mark.parametrize('name', SCORES)
+def test_routing(name):
+    torch.manual_seed(0)
+    z,bias = torch.cat([3*torch.randn(20,6), 100*torch.randn(20,6)]).double(),torch.randn(6).double()/2
+    code = 'say(given.z.map(z => { const s = whale.SCORES[given.name](z); return [s, whale.route(s, given.bias, 2, 1.5)] }))'
+    got,scores = js(code, z=z.tolist(), bias=bias.tolist(), name=name),SCORES[name](z)
+    idx,w = route(scores, bias, 2, 1.5)
+    assert_close(torch.tensor([g[0] for g in got]).double(), scores, rtol=1e-6, atol=1e-9)
+    assert [g[1]['experts'] for g in got]==idx.tolist()
+    assert_close(torch.tensor([g[1]['weights'] for g in got]).double(), w, rtol=1e-6, atol=1e-9)
+
+@needs_node
+def test_choosing_a_token():
+    z = [1., 3., -2., 3.5, 0., 2.]
+    greedy,top,cold = js('say([[0], [1, 3], [.5]].map(rules => whale.probabilities(given.z, ...rules)))', z=z)
+    assert greedy==[0, 0, 0, 1, 0, 0]
+    assert_close(torch.tensor(top), torch.tensor([-torch.inf, 3, -torch.inf, 3.5, -torch.inf, 2]).softmax(0))
+    assert_close(torch.tensor(cold), (2*torch.tensor(z)).softmax(0))
+    assert js('say([0, .1, .75, .999999, 1].map(r => whale.draw([0, .25, .5, .25, 0], r)))')==[1, 1, 3, 3, 3]
+
+# ---------------------------------------------------------------- whole whales
+
+TEXTS = ['', ' ', 'The whale sings.', "  it's   we'll\n\n\tDON'T 'quoted'\n", 'def f(x, *, y=3.14): return x**2  # 100%\n    ', 'naïve café — Ωmega 鯨が歌う 🐳🐋 ½ ⅷ',
+    'a<|bos|>b<|eos|>', '<|bos', 'line\r\nline\x85line\u2028 \ufeffx\u00a0y\u3000z\u200bz', '\x00\x01\x7f\x80ÿ', '1234567890'*5, '.'*70+' '*33+'x', 'e\u0301\u200d']
+
+def whale_folder(folder, seed=0, **sizes):
+    "A small whale with random weights in which nothing is zero, and a tokenizer of its own"
+    torch.manual_seed(seed)
+    tok = train_tokenizer(ENGLISH[:40], 400)
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=6, head_dim=10, qk_rope_head_dim=4, q_lora_rank=12, o_groups=3, o_lora_rank=5,
+        sliding_window=8, moe_intermediate_size=14, n_routed_experts=5, num_experts_per_tok=3, hc_mult=3, swiglu_limit=0.5) | sizes
+    whale = Whale(type(tiny())(**(vars(tiny(len(tok))) | sizes)))
+    with torch.no_grad():
+        for name,p in [*whale.named_parameters(), *whale.named_buffers()]: p.add_(torch.randn_like(p)*(0.3 if p.ndim<2 else 0.15))
+    whale.save_pretrained(folder); tok.save_pretrained(folder)
+    return folder
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return whale_folder(tmp_path_factory.mktemp('explorers')/'whale')
+
+READ = 'const model = load(), memory = model.memory(); say(given.ids.map(id => model.step(id, memory).logits))'
+
+@needs_node
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_logits(folder, tmp_path, dtype):
+    "More tokens than the window holds: all at once and one by one in PyTorch, one by one in JavaScript"
+    whale,ids = build.export(folder, tmp_path, dtype),random.Random(0).choices(range(400), k=29)
+    whole,cache = build.logits(whale, ids),Cache(whale.cfg)
+    with torch.no_grad(): steps = torch.cat([whale(torch.tensor([[i]]), cache=cache).logits[0] for i in ids])
+    got = torch.tensor(js(READ, folder=str(tmp_path), ids=ids))
+    assert whole.std()>0.3, 'logits that differ too little to be compared'
+    assert_close(got, whole, rtol=0, atol=1e-4)
+    assert_close(got, steps, rtol=0, atol=1e-4)
+
+@needs_node
+def test_the_small_file_is_the_whale(folder, tmp_path):
+    "Rounded matrices cost little; the file has half the bytes"
+    build.export(folder, tmp_path)
+    ids = list(range(50, 70))
+    assert_close(torch.tensor(js(READ, folder=str(tmp_path), ids=ids)), build.logits(Whale.from_pretrained(folder), ids), rtol=0, atol=0.02)
+    check = json.loads((tmp_path/'check.json').read_text())
+    assert_close(torch.tensor(js(READ, folder=str(tmp_path), ids=check['ids'])[-1]), torch.tensor(check['logits']), rtol=0, atol=1e-4)
+
+@needs_node
+@pytest.mark.parametrize('sizes', [dict(hc_mult=1), dict(scoring_func='softmax', sliding_window=64), dict(scoring_func='sigmoid', qk_rope_head_dim=10)], ids=str)
+def test_other_sizes(tmp_path, sizes):
+    folder,ids = whale_folder(tmp_path, seed=1, **sizes),[5, 17, 200, 6, 0, 399, 8, 8, 8, 90, 91]
+    assert_close(torch.tensor(js(READ, folder=str(folder), ids=ids)), build.logits(Whale.from_pretrained(folder), ids), rtol=0, atol=1e-4)
+
+@needs_node
+def test_what_a_step_shows(folder):
+    ids = random.Random(1).choices(range(400), k=12)
+    code = 'const model = load(); const run = o => { const m = model.memory(); return given.ids.map(id => model.step(id, m, o)) }; say([run(), run({bias: false})])'
+    on,off = js(code, folder=str(folder), ids=ids)
+    for t,step in enumerate(on):
+        for layer in step['layers']:
+            assert [len(h['weights']) for h in layer['heads']]==[min(t+1, 8)]*6
+            for h in layer['heads']: assert abs(sum(h['weights'])+h['sink']-1)<1e-9 and h['sink']>0
+            assert abs(sum(layer['moe']['weights'])-1.5)<1e-6 and len(set(layer['moe']['experts']))==3
+    whale = Whale.from_pretrained(folder)
+    for layer in whale.model.layers: layer.mlp.gate.e_score_correction_bias.zero_()
+    assert_close(torch.tensor([s['logits'] for s in off]), build.logits(whale, ids), rtol=0, atol=1e-4)
+    assert any(a['layers'][0]['moe']['experts']!=b['layers'][0]['moe']['experts'] for a,b in zip(on, off))
+
+@needs_node
+def test_layers_that_it_cannot_run_are_refused(tmp_path):
+    from nanowhale.config import tiny_v4
+    Whale(tiny_v4(300)).save_pretrained(tmp_path)
+    assert 'layer_types' in js('try { load(); say("no error") } catch (e) { say(e.message) }', folder=str(tmp_path))
+
+# ---------------------------------------------------------------- tokens
+
+@needs_node
+def test_tokens(folder):
+    tok,r = load_tokenizer(folder),random.Random(0)
+    corpus = [r.choice(ENGLISH)[:r.randrange(1, 400)] for _ in range(100)]
+    chars = [''.join(r.choices("ab'sdl 01\n\t.,é鲸🐳\u00a0\u2003-_", k=30)) for _ in range(100)]
+    texts = TEXTS+corpus+chars
+    want = [tok.encode(t, add_special_tokens=False) for t in texts]
+    ids,back = js('const t = new Tokenizer(json("tokenizer.json")); const ids = given.texts.map(x => t.encode(x)); say([ids, ids.map(x => t.decode(x))])',
+        folder=str(folder), texts=texts)
+    for text,a,b in zip(texts, ids, want): assert a==b, repr(text)
+    assert back==[tok.decode(i, skip_special_tokens=True) for i in want]
+    assert js('const t = new Tokenizer(json("tokenizer.json")); say(t.decode(given.ids))', folder=str(folder), ids=tok.encode('🐳', add_special_tokens=False)[:1])=='\ufffd'
