@@ -1,11 +1,13 @@
 """The explorers' JavaScript beside the package: rotation, Sinkhorn, tokens, and the logits of a whole whale. Pages in a browser: slow"""
-import importlib.util, json, random, shutil, subprocess
+import ast, importlib.util, json, random, re, shutil, subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
 import pytest, torch
 from torch.testing import assert_close
-from nanowhale.config import tiny
+import browser
+from nanowhale.config import SIZES, tiny, tiny_v4
 from nanowhale.data import load_tokenizer, train_tokenizer
+from nanowhale.generate import generate
 from nanowhale.hyper import sinkhorn
 from nanowhale.model import Cache, Whale
 from nanowhale.moe import SCORES, route
@@ -76,8 +78,10 @@ def test_choosing_a_token():
 
 # ---------------------------------------------------------------- whole whales
 
-TEXTS = ['', ' ', 'The whale sings.', "  it's   we'll\n\n\tDON'T 'quoted'\n", 'def f(x, *, y=3.14): return x**2  # 100%\n    ', 'naïve café — Ωmega 鯨が歌う 🐳🐋 ½ ⅷ',
-    'a<|bos|>b<|eos|>', '<|bos', 'line\r\nline\x85line\u2028 \ufeffx\u00a0y\u3000z\u200bz', '\x00\x01\x7f\x80ÿ', '1234567890'*5, '.'*70+' '*33+'x', 'e\u0301\u200d']
+TEXTS = ['', ' ', 'The whale sings.', "  it's   we'll\n\n\tDON'T 'quoted'\n", 'def f(x, *, y=3.14): return x**2  # 100%\n    ',
+    'naïve café — Ωmega 鯨が歌う 🐳🐋 ½ ⅷ',
+    'a<|bos|>b<|eos|>', '<|bos', 'line\r\nline\x85line\u2028 \ufeffx\u00a0y\u3000z\u200bz', '\x00\x01\x7f\x80ÿ',
+    '1234567890'*5, '.'*70+' '*33+'x', 'e\u0301\u200d']
 
 def whale_folder(folder, seed=0, **sizes):
     "A small whale with random weights in which nothing is zero, and a tokenizer of its own"
@@ -118,7 +122,8 @@ def test_the_small_file_is_the_whale(folder, tmp_path):
     assert_close(torch.tensor(js(READ, folder=str(tmp_path), ids=check['ids'])[-1]), torch.tensor(check['logits']), rtol=0, atol=1e-4)
 
 @needs_node
-@pytest.mark.parametrize('sizes', [dict(hc_mult=1), dict(scoring_func='softmax', sliding_window=64), dict(scoring_func='sigmoid', qk_rope_head_dim=10)], ids=str)
+@pytest.mark.parametrize('sizes', [dict(hc_mult=1), dict(scoring_func='softmax', sliding_window=64),
+    dict(scoring_func='sigmoid', qk_rope_head_dim=10)], ids=str)
 def test_other_sizes(tmp_path, sizes):
     folder,ids = whale_folder(tmp_path, seed=1, **sizes),[5, 17, 200, 6, 0, 399, 8, 8, 8, 90, 91]
     assert_close(torch.tensor(js(READ, folder=str(folder), ids=ids)), build.logits(Whale.from_pretrained(folder), ids), rtol=0, atol=1e-4)
@@ -126,7 +131,8 @@ def test_other_sizes(tmp_path, sizes):
 @needs_node
 def test_what_a_step_shows(folder):
     ids = random.Random(1).choices(range(400), k=12)
-    code = 'const model = load(); const run = o => { const m = model.memory(); return given.ids.map(id => model.step(id, m, o)) }; say([run(), run({bias: false})])'
+    code = '''const model = load(), run = rules => { const memory = model.memory(); return given.ids.map(id => model.step(id, memory, rules)) }
+        say([run(), run({bias: false})])'''
     on,off = js(code, folder=str(folder), ids=ids)
     for t,step in enumerate(on):
         for layer in step['layers']:
@@ -140,7 +146,6 @@ def test_what_a_step_shows(folder):
 
 @needs_node
 def test_layers_that_it_cannot_run_are_refused(tmp_path):
-    from nanowhale.config import tiny_v4
     Whale(tiny_v4(300)).save_pretrained(tmp_path)
     assert 'layer_types' in js('try { load(); say("no error") } catch (e) { say(e.message) }', folder=str(tmp_path))
 
@@ -157,4 +162,178 @@ def test_tokens(folder):
         folder=str(folder), texts=texts)
     for text,a,b in zip(texts, ids, want): assert a==b, repr(text)
     assert back==[tok.decode(i, skip_special_tokens=True) for i in want]
-    assert js('const t = new Tokenizer(json("tokenizer.json")); say(t.decode(given.ids))', folder=str(folder), ids=tok.encode('🐳', add_special_tokens=False)[:1])=='\ufffd'
+    half = tok.encode('🐳', add_special_tokens=False)[:1]
+    assert js('say(new Tokenizer(json("tokenizer.json")).decode(given.ids))', folder=str(folder), ids=half)=='\ufffd'
+
+# ---------------------------------------------------------------- the pages in a browser
+
+slow_page = [pytest.mark.slow, pytest.mark.skipif(not browser.find_browser(), reason='needs a Chromium')]
+NAMES = ['', 'rope', 'sinkhorn', 'routing', 'whale']
+EXAMPLE = 'The sea is  deep.\nIs it?'
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):  # yields an address, the whale that the pages run, its tokenizer
+    "The explorers with a whale of random weights"
+    top = tmp_path_factory.mktemp('site')
+    shutil.copytree(EXPLORERS, top/'explorers', ignore=shutil.ignore_patterns('model', '__pycache__'))
+    folder = whale_folder(top/'whole', **{k: v for k,v in vars(tiny(400)).items() if k in SIZES})
+    whale = build.export(folder, top/'explorers'/'whale'/'model')
+    with browser.serve(top) as url: yield url, whale, load_tokenizer(folder)
+
+@pytest.fixture(scope='module')
+def page():
+    with browser.Page() as p: yield p
+
+def visit(page, site, name, ready='true', **kw):
+    page.open(f'{site[0]}/explorers/{name}/index.html'.replace('//index', '/index'), **kw)
+    page.until(ready)
+
+def enter(page, css, value):
+    "As if a reader had moved or typed"
+    page.js(f'(e => {{ e.value = {json.dumps(value)}; e.dispatchEvent(new Event("input", {{bubbles: true}})) }})(document.querySelector({json.dumps(css)}))')
+
+def click(page, css): page.js(f'document.querySelector({json.dumps(css)}).click()')
+def text(page, css): return page.js(f'document.querySelector({json.dumps(css)}).textContent').replace('−', '-')
+def texts(page, css): return page.js(f'Array.from(document.querySelectorAll({json.dumps(css)}), e => e.textContent)')
+READY = {'routing': 'document.querySelector("#load").childElementCount', 'whale': 'document.body.dataset.ready'}
+
+class TestPages:
+    pytestmark = slow_page
+
+    @pytest.mark.parametrize('name', NAMES)
+    @pytest.mark.parametrize('theme', ['light', 'dark'])
+    @pytest.mark.parametrize('width', [1000, 390])
+    def test_loads_alone_and_in_peace(self, page, site, name, theme, width):
+        visit(page, site, name, READY.get(name, 'document.readyState=="complete"'), theme=theme, width=width)
+        assert page.errors==[]
+        assert page.requests and all(r.startswith((site[0], 'data:')) for r in page.requests), page.requests
+        assert page.js('document.documentElement.scrollWidth')<=width
+        dark = page.js('getComputedStyle(document.body).backgroundColor')
+        assert (dark=='rgb(19, 20, 22)')==(theme=='dark')
+        unnamed = page.js('''Array.from(document.querySelectorAll("button, input, select, textarea, [role=slider]"))
+            .filter(e => !(e.textContent.trim() || e.getAttribute("aria-label") || e.labels?.length)).length''')
+        assert unnamed==0, 'controls without a name'
+
+    def test_a_missing_whale_is_said(self, page, site):
+        page.open(f'{site[0]}/explorers/whale/index.html')
+        page.until(READY['whale'])
+        page.js('document.body.dataset.ready = ""')
+        said = page.js('import("../load.js").then(m => m.load("nowhere")).catch(e => e.message)')
+        assert 'build.py' in said
+
+    def test_rope(self, page, site):
+        source = (EXPLORERS/'rope'/'rope.js').read_text()
+        q,k = (torch.tensor([ast.literal_eval(re.search(rf'{name} = (\[.*?\])', source)[1])]) for name in ('query', 'key'))
+        def score(t, s, theta=1e4):
+            turn = lambda x, at: rotate(x[None], *rope_cos_sin(torch.tensor([at]), 8, theta))
+            return (turn(q, t)*turn(k, s)).sum().item()
+        visit(page, site, 'rope')
+        for t,s in ((24, 17), (107, 100), (3, 150)):
+            enter(page, '[name=t]', t); enter(page, '[name=s]', s)
+            assert float(text(page, '#score'))==pytest.approx(score(t, s), abs=2e-3) and text(page, '#distance')==str(t-s)
+        click(page, '[data-shift="10"]'); click(page, '[data-shift="1"]')
+        assert page.js('[...document.querySelectorAll("[type=range]")].map(e => +e.value)')==[14, 161]
+        assert float(text(page, '#score'))==pytest.approx(score(3, 150), abs=2e-3)
+        enter(page, '[name=theta]', '100')
+        assert float(text(page, '#score'))==pytest.approx(score(14, 161, 100.), abs=2e-3)
+        assert float(text(page, '#moved'))==0
+        click(page, '#back')
+        assert float(text(page, '#moved'))>0.5
+        page.js('document.querySelector("[name=t]").focus()')
+        page.press('ArrowRight')
+        assert text(page, '#distance')=='-146'
+
+    def test_sinkhorn(self, page, site):
+        def check(iters):
+            logits = torch.tensor(page.js('[...document.querySelectorAll(".cell")].map(e => +e.getAttribute("aria-valuenow"))'), dtype=torch.float64)
+            m = sinkhorn(logits.view(4, 4), iters)
+            assert_close(torch.tensor([float(x) for x in texts(page, '.cell b')], dtype=torch.float64).view(4, 4), m, rtol=0, atol=6e-4)
+            assert float(text(page, '#given'))==pytest.approx((m.sum(1)-1).abs().max().item(), abs=2e-6)
+            assert float(text(page, '#received'))==pytest.approx((m.sum(0)-1).abs().max().item(), abs=2e-6)
+            return logits
+        visit(page, site, 'sinkhorn')
+        for preset in ('small', 'large', 'keep', 'hard'):
+            click(page, f'[data-preset={preset}]')
+            for iters in (1, 2, 20): enter(page, '[name=iters]', iters); check(iters)
+        click(page, '[data-preset=large]'); enter(page, '[name=iters]', 2)
+        before = check(2)
+        page.js('document.querySelector("[data-cell=\'5\']").focus()')
+        page.press('ArrowUp'); page.press('ArrowUp')
+        assert check(2)[5]-before[5]==pytest.approx(.2)
+        x,y = page.js('(r => [r.x+r.width/2, r.y+r.height/2])(document.querySelector("[data-cell=\'2\']").getBoundingClientRect())')
+        page.mouse('mousePressed', x, y)
+        for dy in (10, 25, 40): page.mouse('mouseMoved', x, y-dy)
+        page.mouse('mouseReleased', x, y-40); page.mouse('mouseMoved', x, y)
+        assert check(2)[2]-before[2]==pytest.approx(2.)
+        enter(page, '[name=depth]', 64)
+        said = {}
+        for how in ('right', 'transposed', 'free'): click(page, f'[value={how}]'); said[how] = text(page, '#verdict')
+        assert 'now 1.00.' in said['right'] and 'the gradient 1.00.' in said['transposed'] and 'e+' in said['free']
+
+    def test_routing(self, page, site):
+        _,whale,tok = site
+        visit(page, site, 'routing', READY['routing'])
+        enter(page, '#text', EXAMPLE)
+        ids = tok.encode(EXAMPLE, add_special_tokens=False)
+        page.until(f'document.querySelectorAll("#tokens button").length=={len(ids)}')
+        seen = []
+        hooks = [layer.mlp.gate.register_forward_hook(lambda m, i, o: seen.append(o[0][0,1:])) for layer in whale.model.layers]
+        build.logits(whale, [tok.bos_token_id, *ids])
+        for h in hooks: h.remove()
+        differ = 0
+        for layer,scores in enumerate(seen):
+            click(page, f'#layers [value="{layer}"]')
+            bias = whale.model.layers[layer].mlp.gate.e_score_correction_bias
+            choices = []
+            for on in (True, False):
+                want = route(scores, bias*on, whale.cfg.num_experts_per_tok, 1.5)[0]+1
+                got = page.js('[...document.querySelectorAll("#tokens button")].map(e => e.title)')
+                assert got==[f'experts {a} and {b}' for a,b in want.tolist()]
+                load = [f'{(want==e+1).sum().item()/len(ids):.1%}' for e in range(4)]
+                assert [float(x.split()[0]) for x in texts(page, '#load .number')]==pytest.approx([float(x[:-1]) for x in load], abs=.51)
+                choices.append(want.sort().values)
+                click(page, '#bias')
+            many = (choices[0]!=choices[1]).any(1).sum().item()
+            differ += many
+            assert len(texts(page, '#tokens .other'))==many
+        assert differ, 'a bias that changes nothing shows nothing'
+        enter(page, '#biases [name=b0]', 1); enter(page, '#biases [name=b1]', 1); enter(page, '#biases [name=b2]', -1); enter(page, '#biases [name=b3]', -1)
+        assert page.errors==[]
+        enter(page, '#text', '')
+        page.until('document.querySelectorAll("#tokens button").length==0')
+        assert page.errors==[]
+
+    def test_whale(self, page, site):
+        _,whale,tok = site
+        visit(page, site, 'whale', READY['whale'])
+        page.js('document.querySelector("#compare").click()')
+        worst = float(page.until('document.querySelector("#difference").dataset.worst'))
+        assert worst<1e-3 and 'the same' in text(page, '#difference')
+        enter(page, '#text', EXAMPLE); enter(page, '[name=temperature]', 0)
+        ids = [tok.bos_token_id, *tok.encode(EXAMPLE, add_special_tokens=False)]
+        page.until(f'document.querySelectorAll("#tokens button").length=={len(ids)}')
+        best = build.logits(whale, ids)[-1].softmax(-1).topk(8)
+        assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best.indices.tolist()
+        shown = [float(x.split()[0])/100 for x in texts(page, '#next .number')]
+        assert shown==pytest.approx(best.values.tolist(), abs=.006)
+        want = generate(whale, torch.tensor([ids]), 61, temperature=0)[0].tolist()
+        click(page, '#one')
+        assert len(texts(page, '#tokens button'))==len(ids)+1
+        click(page, '#go')
+        page.until('document.querySelector("#go").textContent=="Continue"')
+        pieces = [{tok.bos_token_id: '‹begin›', tok.eos_token_id: '‹end›'}.get(i) or tok.decode([i]) for i in want]
+        visible = lambda s: '␣'*len(s) if s and not s.strip(' ') else s.replace('\n', '⏎').replace('\t', '⇥')
+        assert [x for x in texts(page, '#tokens button')]==[visible(p) or ' ' for p in pieces]
+        page.js('document.querySelector("#tokens [aria-pressed=true]").focus()')
+        for _ in range(3): page.press('ArrowLeft')
+        t = page.js('[...document.querySelectorAll("#tokens button")].findIndex(e => e.ariaPressed=="true")')
+        assert t<=len(want)-4 and page.js('document.activeElement.ariaPressed')=='true'
+        click(page, '[data-head="2.3"]')
+        assert text(page, '#looks').startswith('Layer 3, head 4')
+        second = page.js('+document.querySelectorAll("#next button")[1].dataset.id')
+        page.js('document.querySelectorAll("#next button")[1].click()')
+        assert len(texts(page, '#tokens button'))==t+2
+        best = build.logits(whale, [*want[:t+1], second])[-1].topk(8).indices.tolist()
+        assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
+        click(page, '#again')
+        assert len(texts(page, '#tokens button'))==len(ids) and page.errors==[]

@@ -11,6 +11,10 @@ try {                                               // the course's pages let a 
 } catch { /* a page without storage follows the system */ }
 
 export const $ = id => document.getElementById(id)
+
+// A token's text with its blanks to be seen
+export const visible = piece => /^ +$/.test(piece) ? '␣'.repeat(piece.length) : piece.replace(/\n/g, '⏎').replace(/\t/g, '⇥')
+
 const SVG = new Set('svg g line circle path text rect polyline'.split(' '))
 
 // An element: attributes, `on...` handlers, children
@@ -38,14 +42,16 @@ export function controls(root, changed) {
     return values
   }
   root.addEventListener('input', () => changed(read()))
+  addEventListener('resize', () => changed(read()))
   return read
 }
 
-export const number = (x, digits=3) => Math.abs(x)>=1e5 || (x && Math.abs(x)<10**-digits/2) ? x.toExponential(1).replace('-', '−') : x.toFixed(digits).replace('-', '−')
+export const number = (x, digits=3) => (Math.abs(x)>=1e5 ? x.toExponential(1) : (Math.abs(x)<10**-digits/2 ? 0 : x).toFixed(digits)).replaceAll('-', '−')
 export const percent = x => `${(100*x).toFixed(x<.0995 ? 1 : 0)} %`
 
-// Curves over 0..n: lines is a list of {y: [...], color, dash}; `mark` is a place on the x axis
-export function chart({lines, label, x=[0, 1], y, log=false, mark, ticks=[], width=420, height=190, xname='', xs}) {
+// Curves into an element, as wide as it is: lines is a list of {y: [...], color, dash}, their y from `from` on; `mark` is a place on the x axis
+export function chart(id, {lines, label, x=[0, 1], y, log=false, mark, ticks=[], height=190, xname='', xs}) {
+  const width = Math.max($(id).clientWidth, 240)
   const [left, right, top, bottom] = [46, 8, 8, 34], f = log ? v => Math.log10(Math.max(v, 10**y[0])) : v => v
   const [low, high] = y, px = v => left+(v-x[0])/(x[1]-x[0])*(width-left-right)
   const py = v => top+(high-Math.min(Math.max(f(v), low), high))/(high-low)*(height-top-bottom)
@@ -59,7 +65,7 @@ export function chart({lines, label, x=[0, 1], y, log=false, mark, ticks=[], wid
     s.append(el('polyline', {points: y.map((v, i) => `${px(from+i*step).toFixed(1)},${py(v).toFixed(1)}`).join(' '), fill: 'none', stroke: color, 'stroke-width': 2, 'stroke-dasharray': dash ?? 'none'}))
     if (dot!=null) s.append(el('circle', {cx: px(dot), cy: py(y[Math.round((dot-from)/step)]), r: 5, fill: color, stroke: 'var(--page)', 'stroke-width': 1.5}))
   }
-  return s
+  show(id, s)
 }
 
 export const bar = (share, color, mark) => {
@@ -72,11 +78,11 @@ export function tokenRow(root, pieces, chosen, choose, paint) {
   const had = root.contains(document.activeElement), buttons = []
   root.replaceChildren()
   pieces.forEach((piece, i) => {
-    const b = el('button', {type: 'button', 'aria-pressed': `${i===chosen}`, tabindex: i===chosen ? 0 : -1, onclick: () => choose(i)}, piece.replace(/\n/g, '⏎').replace(/\t/g, '⇥') || ' ')
+    const b = el('button', {type: 'button', 'aria-pressed': `${i===chosen}`, tabindex: i===chosen ? 0 : -1, onclick: () => choose(i)}, visible(piece) || ' ')
     paint?.(b, i)
     buttons.push(b)
     root.append(b)
-    if (piece.includes('\n')) root.append(el('span', {class: 'wrap'}))
+    if (piece.endsWith('\n') && !pieces[i+1]?.startsWith('\n')) root.append(el('span', {class: 'wrap'}))
   })
   root.onkeydown = e => {
     const move = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[e.key]

@@ -18,10 +18,10 @@ function clock(title, hands, note) {
 }
 
 function strip(t, s) {                              // the text as a line, both tokens on it, and the distance between
-  const x = p => 10+p/LAST*580, [low, high] = t<s ? [t, s] : [s, t]
-  return el('svg', {viewBox: '0 0 600 46', role: 'img', 'aria-label': `query at ${t}, key at ${s}`}, el('line', {class: 'axis', x1: 10, x2: 590, y1: 30, y2: 30}),
+  const width = Math.max($('strip').clientWidth, 240), x = p => 10+p/LAST*(width-20), [low, high] = t<s ? [t, s] : [s, t]
+  return el('svg', {viewBox: `0 0 ${width} 46`, role: 'img', 'aria-label': `query at ${t}, key at ${s}`}, el('line', {class: 'axis', x1: 10, x2: width-10, y1: 30, y2: 30}),
     el('line', {x1: x(low), x2: x(high), y1: 30, y2: 30, stroke: 'var(--ink)', 'stroke-width': 3}),
-    el('text', {x: (x(low)+x(high))/2, y: 14, 'text-anchor': 'middle'}, `${high-low} apart`),
+    el('text', {x: Math.min(Math.max((x(low)+x(high))/2, 30), width-30), y: 14, 'text-anchor': 'middle'}, `${high-low} apart`),
     el('circle', {cx: x(s), cy: 30, r: 8, fill: COLORS.key}), el('circle', {cx: x(t), cy: 30, r: 8, fill: COLORS.query, 'fill-opacity': .85}))
 }
 
@@ -38,8 +38,8 @@ function draw({t, s, theta}) {
   $('distance').textContent = `${t-s}`.replace('-', '−')
   $('score').textContent = number(dot(q, k))
   const far = 60, at = Array.from({length: 2*far+1}, (_, i) => dot(q, rotate(key, angles(t-(i-far)))))
-  show('curve', chart({label: 'score by distance', x: [-far, far], xs: [-60, -30, 0, 30, 60], y: [-4, 4], ticks: [-4, -2, 0, 2, 4], width: 840, height: 220, xname: 'distance, query minus key',
-    lines: [{y: at, color: COLORS.rope, from: -far, dot: Math.abs(t-s)<=far ? t-s : null}]}))
+  chart('curve', {label: 'score by distance', x: [-far, far], xs: [-60, -30, 0, 30, 60], y: [-4.5, 4.5], ticks: [-4, -2, 0, 2, 4], height: 220, xname: 'distance, query minus key',
+    lines: [{y: at, color: COLORS.rope, from: -far, dot: Math.abs(t-s)<=far ? t-s : null}]})
 
   const back = $('back').checked, home = (t, s) => back ? rotate(rotate(key, angles(s)), angles(t), -1) : rotate(key, angles(s))
   const now = home(t, s), next = home(t+1, s+1)

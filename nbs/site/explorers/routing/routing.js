@@ -1,6 +1,6 @@
 // A text, the experts that the trained whale's routers choose for each token, and what the bias does to the choice
 import {route} from '../whale.js'
-import {$, COLORS, EXPERTS, bar, el, number, percent, show, tokenRow} from '../ui.js'
+import {$, COLORS, EXPERTS, bar, el, number, percent, show, tokenRow, visible} from '../ui.js'
 import {load} from '../load.js'
 
 const FOLDER = '../whale/model'
@@ -58,7 +58,7 @@ function draw() {
     return el('label', {style: `--tint: ${EXPERTS[e]}`}, `expert ${e+1}`, el('input', {type: 'range', min: -1, max: 1, step: .01, value: b, name: `b${e}`,
       oninput: e => { biases[layer][+e.target.name[1]] = +e.target.value; out.textContent = number(+e.target.value, 2); $('bias').checked = true; draw() }}), out)
   }))
-  if (pieces.length) { $('which').textContent = `“${pieces[chosen]}”`; detail(at[chosen], bias, choice[chosen]) }
+  if (pieces.length) { $('which').textContent = `“${visible(pieces[chosen]).trim()}”`; detail(at[chosen], bias, choice[chosen]) }
   else { $('which').textContent = 'a token'; show('detail') }
 }
 

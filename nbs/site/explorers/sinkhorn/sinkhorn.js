@@ -67,17 +67,17 @@ function draw({iters, depth, how}) {
   const m = sinkhorn(logits, iters)
   drawMatrix(m)
   const rounds = Array.from({length: ROUNDS}, (_, i) => sinkhorn(logits, i+1)), y = [-7, 1]
-  show('errors', chart({label: 'error of the sums after each round', x: [1, ROUNDS], xs: [1, 5, 10, 15, 20], y, log: true, ticks: [1e-6, 1e-4, .01, 1], mark: iters, xname: 'rounds',
-    lines: [{y: rounds.map(m => off(gives(m))), color: COLORS.bad}, {y: rounds.map(m => off(receives(m))), color: COLORS.main}]}))
+  chart('errors', {label: 'error of the sums after each round', x: [1, ROUNDS], xs: [1, 5, 10, 15, 20], y, log: true, ticks: [1e-6, 1e-4, .01, 1], mark: iters, xname: 'rounds',
+    lines: [{y: rounds.map(m => off(gives(m))), color: COLORS.bad}, {y: rounds.map(m => off(receives(m))), color: COLORS.main}]})
   $('given').textContent = number(off(gives(m)), 6)
   $('received').textContent = number(off(receives(m)), 6)
   const used = how==='free' ? logits : how==='right' ? m : transpose(m), free = how==='free'
   const forward = stack(used, depth), backward = stack(transpose(used), depth)
   const plot = (name, steps) => {
     const size = v => free ? Math.abs(v) : v
-    show(name, chart({label: `${name}, by depth`, x: [0, depth], xs: [0, depth], xname: name==='forward' ? 'sublayers passed' : 'sublayers passed, from the end',
+    chart(name, {label: `${name}, by depth`, x: [0, depth], xs: [0, depth], xname: name==='forward' ? 'sublayers passed' : 'sublayers passed, from the end',
       ...(free ? {y: [-8, 40], log: true, ticks: [1, 1e10, 1e20, 1e30, 1e40]} : {y: [0, 4], ticks: [0, 1, 2, 3, 4]}),
-      lines: all.map(k => ({y: steps.map(x => size(x[k])), color: STREAMS[k], dash: ['none', '9 4', '4 3', '2 4'][k], step: 1}))}))
+      lines: all.map(k => ({y: steps.map(x => size(x[k])), color: STREAMS[k], dash: ['none', '9 4', '4 3', '2 4'][k], step: 1}))})
   }
   plot('forward', forward); plot('backward', backward)
   $('verdict').textContent = VERDICT[how](range(forward[depth]), range(backward[depth]))

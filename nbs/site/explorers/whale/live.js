@@ -1,6 +1,6 @@
 // The small trained whale reads a beginning, goes on with it, and shows what it does
 import {draw as sample, probabilities, softmax} from '../whale.js'
-import {$, COLORS, EXPERTS, bar, controls, el, number, percent, show, tokenRow} from '../ui.js'
+import {$, COLORS, EXPERTS, bar, controls, el, number, percent, show, tokenRow, visible} from '../ui.js'
 import {load} from '../load.js'
 
 const FOLDER = 'model', TOP_K = 40, AT_ONCE = 60
@@ -8,6 +8,7 @@ let whale, tokenizer, memory, ids = [], steps = [], prompt = 0, chosen = 0, head
 const rules = controls($('settings'), () => {})
 
 const piece = id => id===whale.config.bos_token_id ? '‹begin›' : id===whale.config.eos_token_id ? '‹end›' : tokenizer.decode([id])
+const quoted = i => `“${visible(piece(ids[i])).trim()}”`
 const full = () => ids.length>=whale.config.max_position_embeddings || ids.at(-1)===whale.config.eos_token_id
 
 function take(id) {                                 // read one more token
@@ -15,7 +16,7 @@ function take(id) {                                 // read one more token
   steps.push(whale.step(id, memory))
   ids.push(id)
   times.push(performance.now()-start)
-  chosen = ids.length-1
+  chosen = id===whale.config.eos_token_id ? ids.length-2 : ids.length-1
 }
 
 function begin(list) { memory = whale.memory(); ids = []; steps = []; list.slice(0, whale.config.max_position_embeddings).forEach(take) }
@@ -45,13 +46,16 @@ function attention(i) {                             // what token i's chosen hea
   return j => j<first || j>i ? 0 : weights[j-first]
 }
 
+const deep = (color, share) => `background: color-mix(in srgb, ${color} ${(85*Math.sqrt(share)).toFixed(0)}%, transparent)`
+
 function drawTokens() {
-  const look = attention(chosen)
+  const look = attention(chosen), shares = ids.map((_, j) => look(j)), most = Math.max(...shares), {sink} = steps[chosen].layers[head.l].heads[head.h]
+  const best = [...shares.keys()].sort((a, b) => shares[b]-shares[a]).slice(0, 3).filter(j => shares[j]>0)
+  $('looks').textContent = `Layer ${head.l+1}, head ${head.h+1} of ${quoted(chosen)}: ${best.map(j => `${percent(shares[j])} ${j===chosen ? 'on itself' : `on ${quoted(j)}`}`).join(', ')}; ${percent(sink)} into the sink.`
   tokenRow($('tokens'), ids.map(piece), chosen, i => { chosen = i; draw() }, (button, j) => {
-    const share = look(j)
     if (j>=prompt) button.classList.add('new')
-    if (share) button.style.background = `color-mix(in srgb, ${COLORS.query} ${(85*Math.sqrt(share)).toFixed(0)}%, transparent)`
-    button.title = `${percent(share)} of the attention`
+    if (shares[j]) button.style = `background: color-mix(in srgb, ${COLORS.query} ${(75*shares[j]/most).toFixed(0)}%, transparent)`
+    button.title = `${percent(shares[j])} of the attention`
   })
 }
 
@@ -59,24 +63,26 @@ function drawNext() {
   const p = softmax(Array.from(steps[chosen].logits)), best = [...p.keys()].sort((a, b) => p[b]-p[a]).slice(0, 8)
   show('next', ...best.flatMap(id => [
     el('button', {type: 'button', disabled: running, 'data-id': id, 'aria-pressed': `${ids[chosen+1]===id}`, onclick: () => { begin([...ids.slice(0, chosen+1), id]); prompt = Math.min(prompt, ids.length-1); draw() }},
-      piece(id).replace(/\n/g, '⏎')),
+      visible(piece(id))),
     bar(p[id], COLORS.main), el('span', {class: 'number'}, percent(p[id]))]))
 }
 
 function drawLayers() {
   const {layers} = steps[chosen]
-  show('heads', ...layers.flatMap(({heads}, l) => [el('span', {}, `layer ${l+1}`), ...heads.map(({sink}, h) =>
-    el('button', {type: 'button', 'aria-pressed': `${l===head.l && h===head.h}`, 'aria-label': `layer ${l+1}, head ${h+1}: ${percent(sink)} into the sink`, 'data-head': `${l}.${h}`,
+  const names = (name, list) => [el('span'), ...Array.from(list, (_, n) => el('small', {}, `${name} ${n+1}`))]
+  show('heads', ...names('head', layers[0].heads), ...layers.flatMap(({heads}, l) => [el('span', {}, `layer ${l+1}`), ...heads.map(({sink}, h) =>
+    el('button', {type: 'button', 'aria-pressed': `${l===head.l && h===head.h}`, 'aria-label': `layer ${l+1}, head ${h+1}: ${percent(sink)} into the sink`,
+      'data-head': `${l}.${h}`, style: deep(COLORS.sink, sink),
       onclick: () => { head = {l, h}; draw(); $('heads').querySelector(`[data-head="${l}.${h}"]`).focus() }},
-      percent(sink), el('i', {style: `width: ${100*sink}%; background: ${COLORS.sink}`})))]))
-  show('experts', ...layers.flatMap(({moe}, l) => [el('span', {}, `layer ${l+1}`), ...Array.from(moe.scores, (_, e) => {
+      percent(sink)))]))
+  show('experts', ...names('expert', layers[0].moe.scores), ...layers.flatMap(({moe}, l) => [el('span', {}, `layer ${l+1}`), ...Array.from(moe.scores, (_, e) => {
     const at = moe.experts.indexOf(e), w = at<0 ? 0 : moe.weights[at]
     return el('span', {class: 'of', style: w ? null : 'opacity: .45'}, w ? number(w, 2) : `${e+1}`, el('i', {style: `width: ${100*w/whale.config.routed_scaling_factor}%; background: ${EXPERTS[e]}`}))
   })]))
 }
 
 function draw() {
-  for (const e of document.querySelectorAll('.which')) e.textContent = `“${piece(ids[chosen]).replace(/\n/g, '⏎')}”`
+  for (const e of document.querySelectorAll('.which')) e.textContent = quoted(chosen)
   drawTokens(); drawNext(); drawLayers()
   $('go').textContent = running ? 'Stop' : 'Continue'
   $('go').disabled = $('one').disabled = full()
