@@ -167,7 +167,7 @@ def test_tokens(folder):
 
 # ---------------------------------------------------------------- the pages in a browser
 
-slow_page = [pytest.mark.slow, pytest.mark.skipif(not browser.find_browser(), reason='needs a Chromium')]
+slow_page = [pytest.mark.slow, pytest.mark.skipif(not browser.chromium(), reason='needs a Chromium')]
 NAMES = ['', 'rope', 'sinkhorn', 'routing', 'whale']
 EXAMPLE = 'The sea is  deep.\nIs it?'
 
@@ -178,21 +178,36 @@ def site(tmp_path_factory):  # yields an address, the whale that the pages run, 
     shutil.copytree(EXPLORERS, top/'explorers', ignore=shutil.ignore_patterns('model', '__pycache__'))
     folder = whale_folder(top/'whole', **{k: v for k,v in vars(tiny(400)).items() if k in SIZES})
     whale = build.export(folder, top/'explorers'/'whale'/'model')
-    with browser.serve(top) as url: yield url, whale, load_tokenizer(folder)
+    server,url = browser.serve(top)
+    yield url, whale, load_tokenizer(folder)
+    server.shutdown()
 
 @pytest.fixture(scope='module')
 def page():
-    with browser.Page() as p: yield p
+    pytest.importorskip('websocket', reason='needs websocket-client, which comes with jupyter')
+    tab = browser.Browser()
+    yield tab
+    tab.close()
+
+def until(page, code): return page.until(lambda: page.js(code))
 
 def visit(page, site, name, ready='true', **kw):
     page.open(f'{site[0]}/explorers/{name}/index.html'.replace('//index', '/index'), **kw)
-    page.until(ready)
+    until(page, ready)
 
 def enter(page, css, value):
     "As if a reader had moved or typed"
     page.js(f'(e => {{ e.value = {json.dumps(value)}; e.dispatchEvent(new Event("input", {{bubbles: true}})) }})(document.querySelector({json.dumps(css)}))')
 
 def click(page, css): page.js(f'document.querySelector({json.dumps(css)}).click()')
+
+def press(page, key):
+    code = dict(ArrowUp=38, ArrowDown=40, ArrowLeft=37, ArrowRight=39)[key]
+    for kind in ('keyDown', 'keyUp'): page.call('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+def mouse(page, kind, x, y):
+    page.call('Input.dispatchMouseEvent', type=f'mouse{kind}', x=x, y=y, button='left', buttons=int(kind!='Released'), clickCount=1)
+
 def text(page, css): return page.js(f'document.querySelector({json.dumps(css)}).textContent').replace('−', '-')
 def texts(page, css): return page.js(f'Array.from(document.querySelectorAll({json.dumps(css)}), e => e.textContent)')
 READY = {'routing': 'document.querySelector("#load").childElementCount', 'whale': 'document.body.dataset.ready'}
@@ -201,22 +216,21 @@ class TestPages:
     pytestmark = slow_page
 
     @pytest.mark.parametrize('name', NAMES)
-    @pytest.mark.parametrize('theme', ['light', 'dark'])
+    @pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
     @pytest.mark.parametrize('width', [1000, 390])
-    def test_loads_alone_and_in_peace(self, page, site, name, theme, width):
-        visit(page, site, name, READY.get(name, 'document.readyState=="complete"'), theme=theme, width=width)
-        assert page.errors==[]
-        assert page.requests and all(r.startswith((site[0], 'data:')) for r in page.requests), page.requests
+    def test_loads_alone_and_in_peace(self, page, site, name, dark, width):
+        visit(page, site, name, READY.get(name, 'document.readyState=="complete"'), dark=dark, width=width)
+        assert page.complaints==[]
+        assert page.asked and all(r.startswith((site[0], 'data:')) for r in page.asked), page.asked
         assert page.js('document.documentElement.scrollWidth')<=width
-        dark = page.js('getComputedStyle(document.body).backgroundColor')
-        assert (dark=='rgb(19, 20, 22)')==(theme=='dark')
+        assert (page.js('getComputedStyle(document.body).backgroundColor')=='rgb(19, 20, 22)')==dark
         unnamed = page.js('''Array.from(document.querySelectorAll("button, input, select, textarea, [role=slider]"))
             .filter(e => !(e.textContent.trim() || e.getAttribute("aria-label") || e.labels?.length)).length''')
         assert unnamed==0, 'controls without a name'
 
     def test_a_missing_whale_is_said(self, page, site):
         page.open(f'{site[0]}/explorers/whale/index.html')
-        page.until(READY['whale'])
+        until(page, READY['whale'])
         page.js('document.body.dataset.ready = ""')
         said = page.js('import("../load.js").then(m => m.load("nowhere")).catch(e => e.message)')
         assert 'build.py' in said
@@ -240,7 +254,7 @@ class TestPages:
         click(page, '#back')
         assert float(text(page, '#moved'))>0.5
         page.js('document.querySelector("[name=t]").focus()')
-        page.press('ArrowRight')
+        press(page, 'ArrowRight')
         assert text(page, '#distance')=='-146'
 
     def test_sinkhorn(self, page, site):
@@ -258,12 +272,12 @@ class TestPages:
         click(page, '[data-preset=large]'); enter(page, '[name=iters]', 2)
         before = check(2)
         page.js('document.querySelector("[data-cell=\'5\']").focus()')
-        page.press('ArrowUp'); page.press('ArrowUp')
+        press(page, 'ArrowUp'); press(page, 'ArrowUp')
         assert check(2)[5]-before[5]==pytest.approx(.2)
         x,y = page.js('(r => [r.x+r.width/2, r.y+r.height/2])(document.querySelector("[data-cell=\'2\']").getBoundingClientRect())')
-        page.mouse('mousePressed', x, y)
-        for dy in (10, 25, 40): page.mouse('mouseMoved', x, y-dy)
-        page.mouse('mouseReleased', x, y-40); page.mouse('mouseMoved', x, y)
+        mouse(page, 'Pressed', x, y)
+        for dy in (10, 25, 40): mouse(page, 'Moved', x, y-dy)
+        mouse(page, 'Released', x, y-40); mouse(page, 'Moved', x, y)
         assert check(2)[2]-before[2]==pytest.approx(2.)
         enter(page, '[name=depth]', 64)
         said = {}
@@ -275,7 +289,7 @@ class TestPages:
         visit(page, site, 'routing', READY['routing'])
         enter(page, '#text', EXAMPLE)
         ids = tok.encode(EXAMPLE, add_special_tokens=False)
-        page.until(f'document.querySelectorAll("#tokens button").length=={len(ids)}')
+        until(page, f'document.querySelectorAll("#tokens button").length=={len(ids)}')
         seen = []
         hooks = [layer.mlp.gate.register_forward_hook(lambda m, i, o: seen.append(o[0][0,1:])) for layer in whale.model.layers]
         build.logits(whale, [tok.bos_token_id, *ids])
@@ -298,20 +312,20 @@ class TestPages:
             assert len(texts(page, '#tokens .other'))==many
         assert differ, 'a bias that changes nothing shows nothing'
         enter(page, '#biases [name=b0]', 1); enter(page, '#biases [name=b1]', 1); enter(page, '#biases [name=b2]', -1); enter(page, '#biases [name=b3]', -1)
-        assert page.errors==[]
+        assert page.complaints==[]
         enter(page, '#text', '')
-        page.until('document.querySelectorAll("#tokens button").length==0')
-        assert page.errors==[]
+        until(page, 'document.querySelectorAll("#tokens button").length==0')
+        assert page.complaints==[]
 
     def test_whale(self, page, site):
         _,whale,tok = site
         visit(page, site, 'whale', READY['whale'])
         page.js('document.querySelector("#compare").click()')
-        worst = float(page.until('document.querySelector("#difference").dataset.worst'))
+        worst = float(until(page, 'document.querySelector("#difference").dataset.worst'))
         assert worst<1e-3 and 'the same' in text(page, '#difference')
         enter(page, '#text', EXAMPLE); enter(page, '[name=temperature]', 0)
         ids = [tok.bos_token_id, *tok.encode(EXAMPLE, add_special_tokens=False)]
-        page.until(f'document.querySelectorAll("#tokens button").length=={len(ids)}')
+        until(page, f'document.querySelectorAll("#tokens button").length=={len(ids)}')
         best = build.logits(whale, ids)[-1].softmax(-1).topk(8)
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best.indices.tolist()
         shown = [float(x.split()[0])/100 for x in texts(page, '#next .number')]
@@ -320,12 +334,12 @@ class TestPages:
         click(page, '#one')
         assert len(texts(page, '#tokens button'))==len(ids)+1
         click(page, '#go')
-        page.until('document.querySelector("#go").textContent=="Continue"')
+        until(page, 'document.querySelector("#go").textContent=="Continue"')
         pieces = [{tok.bos_token_id: '‹begin›', tok.eos_token_id: '‹end›'}.get(i) or tok.decode([i]) for i in want]
         visible = lambda s: '␣'*len(s) if s and not s.strip(' ') else s.replace('\n', '⏎').replace('\t', '⇥')
         assert [x for x in texts(page, '#tokens button')]==[visible(p) or ' ' for p in pieces]
         page.js('document.querySelector("#tokens [aria-pressed=true]").focus()')
-        for _ in range(3): page.press('ArrowLeft')
+        for _ in range(3): press(page, 'ArrowLeft')
         t = page.js('[...document.querySelectorAll("#tokens button")].findIndex(e => e.ariaPressed=="true")')
         assert t<=len(want)-4 and page.js('document.activeElement.ariaPressed')=='true'
         click(page, '[data-head="2.3"]')
@@ -336,4 +350,4 @@ class TestPages:
         best = build.logits(whale, [*want[:t+1], second])[-1].topk(8).indices.tolist()
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
         click(page, '#again')
-        assert len(texts(page, '#tokens button'))==len(ids) and page.errors==[]
+        assert len(texts(page, '#tokens button'))==len(ids) and page.complaints==[]

@@ -10,6 +10,8 @@ try {                                               // the course's pages let a 
   if (theme==='light' || theme==='dark') document.documentElement.dataset.theme = theme
 } catch { /* a page without storage follows the system */ }
 
+if (self!==top) document.documentElement.dataset.framed = ''   // inside a chapter, which has navigation of its own
+
 export const $ = id => document.getElementById(id)
 
 // A token's text with its blanks to be seen
