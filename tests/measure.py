@@ -194,16 +194,18 @@ def explorers(args):
             tab.close()
         server.shutdown()
         full = Whale.from_pretrained(folder)
-        ids = [tok.bos_token_id, *tok.encode('\n'.join(split_held_out(embedded_corpus())[1]), add_special_tokens=False)[:511]]
+        ids = [tok.bos_token_id, *tok.encode('\n'.join(split_held_out(embedded_corpus())[1]), add_special_tokens=False)[:199]]
         ours = torch.tensor(T.js('const model = load(), memory = model.memory(); say(given.ids.map(id => model.step(id, memory).logits))',
             folder=str(site/'whale'/'model'), ids=ids))
         rounded,exact = T.build.logits(small, ids),T.build.logits(full, ids)
+        gap = lambda a, b: float(f'{(a-b).abs().max().item():.1e}')
         loss = lambda z: torch.nn.functional.cross_entropy(z[:-1], torch.tensor(ids[1:])).item()
         record('explorers', browser=said, loads=args.loads, page_bytes=weight, model_bytes=sum(f.stat().st_size for f in (site/'whale'/'model').iterdir()),
             seconds_to_first_prediction=dict(median=round(statistics.median(first), 3), all=[round(s, 3) for s in first]),
             milliseconds_per_token=dict(median=statistics.median(pace), all=pace),
-            logits=dict(tokens=len(ids), largest_in_the_browser=max(differences), largest_beside_pytorch=(ours-rounded).abs().max().item(),
-                largest_by_half_precision=(rounded-exact).abs().max().item(), same_best_token_in_half_precision=(rounded.argmax(-1)==exact.argmax(-1)).float().mean().item(),
+            busy_processes=round(os.getloadavg()[0], 1), logits=dict(tokens=len(ids),
+                largest_difference_in_the_browser=float(f'{max(differences):.1e}'), largest_difference_to_pytorch=gap(ours, rounded),
+                largest_change_by_half_precision=gap(rounded, exact), same_best_token=round((rounded.argmax(-1)==exact.argmax(-1)).float().mean().item(), 4),
                 loss_in_half_precision=round(loss(rounded), 5), loss_in_full_precision=round(loss(exact), 5)))
 
 def full(args):
