@@ -52,7 +52,7 @@ function draw() {
   const share = whale.config.num_experts_per_tok/E, n = Math.max(1, choice.length)
   show('load', ...load.flatMap((count, e) => [el('span', {}, `expert ${e+1}`), bar(count/n, EXPERTS[e], share), el('span', {class: 'number'}, percent(count/n))]))
   const many = changed.filter(Boolean).length
-  $('changed').textContent = `${many} of ${pieces.length} tokens ${on ? 'would have other experts without the bias' : 'have other experts than with it'} (underlined).`
+  $('changed').textContent = `${many} of ${pieces.length} tokens ${on ? 'would have other experts without the bias' : 'have other experts than with it'} (violet line above).`
   if (!$('biases').contains(document.activeElement)) show('biases', ...biases[layer].map((b, e) => {
     const out = el('output', {}, number(b, 2))
     return el('label', {style: `--tint: ${EXPERTS[e]}`}, `expert ${e+1}`, el('input', {type: 'range', min: -1, max: 1, step: .01, value: b, name: `b${e}`,
