@@ -73,10 +73,11 @@ function draw({iters, depth, how}) {
   $('received').textContent = number(off(receives(m)), 6)
   const used = how==='free' ? logits : how==='right' ? m : transpose(m), free = how==='free'
   const forward = stack(used, depth), backward = stack(transpose(used), depth)
+  const power = Math.ceil(Math.log10(Math.max(10, ...[...forward, ...backward].flat().map(Math.abs)))/4)     // of a step of the axis
   const plot = (name, steps) => {
     const size = v => free ? Math.abs(v) : v
     chart(name, {label: `${name}, by depth`, x: [0, depth], xs: [0, depth], xname: name==='forward' ? 'sublayers passed' : 'sublayers passed, from the end',
-      ...(free ? {y: [-8, 40], log: true, ticks: [1, 1e10, 1e20, 1e30, 1e40]} : {y: [0, 4], ticks: [0, 1, 2, 3, 4]}),
+      ...(free ? {y: [-power, 4*power], log: true, ticks: [0, 1, 2, 3, 4].map(n => 10**(n*power))} : {y: [0, 4], ticks: [0, 1, 2, 3, 4]}),
       lines: all.map(k => ({y: steps.map(x => size(x[k])), color: STREAMS[k], dash: ['none', '9 4', '4 3', '2 4'][k], step: 1}))})
   }
   plot('forward', forward); plot('backward', backward)
