@@ -80,7 +80,7 @@ def test_choosing_a_token():
 
 TEXTS = ['', ' ', 'The whale sings.', "  it's   we'll\n\n\tDON'T 'quoted'\n", 'def f(x, *, y=3.14): return x**2  # 100%\n    ',
     'naïve café — Ωmega 鯨が歌う 🐳🐋 ½ ⅷ',
-    'a<|bos|>b<|eos|>', '<|bos', 'line\r\nline\x85line\u2028 \ufeffx\u00a0y\u3000z\u200bz', '\x00\x01\x7f\x80ÿ',
+    'a<|bos|>b<|eos|>', '<|bos', 'line\r\nline\x85line\u2028 \ufeffx\u00a0y\u3000z\u200bz', '\x00\x01\x7f\x80ÿ', 'a    \ufeffx    \x85y     \x85    z',
     '1234567890'*5, '.'*70+' '*33+'x', 'e\u0301\u200d']
 
 def whale_folder(folder, seed=0, **sizes):
