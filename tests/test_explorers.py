@@ -9,6 +9,7 @@ from nanowhale.config import SIZES, tiny, tiny_v4
 from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.generate import generate
 from nanowhale.hyper import sinkhorn
+from nanowhale.mla import attend_dense, window_mask
 from nanowhale.model import Cache, Whale
 from nanowhale.moe import SCORES, route
 from nanowhale.rope import rope_cos_sin, rotate
@@ -139,7 +140,19 @@ def test_what_a_step_shows(folder):
             assert [len(h['weights']) for h in layer['heads']]==[min(t+1, 8)]*6
             for h in layer['heads']: assert abs(sum(h['weights'])+h['sink']-1)<1e-9 and h['sink']>0
             assert abs(sum(layer['moe']['weights'])-1.5)<1e-6 and len(set(layer['moe']['experts']))==3
-    whale = Whale.from_pretrained(folder)
+    whale,inputs = Whale.from_pretrained(folder),[]
+    hooks = [layer.self_attn.register_forward_pre_hook(lambda m, args: inputs.append((m, *args))) for layer in whale.model.layers]
+    build.logits(whale, ids)
+    for h in hooks: h.remove()
+    mask = window_mask(torch.arange(12), torch.arange(12), 8)
+    for l,(attention,x,rope,*_) in enumerate(inputs):
+        with torch.no_grad(): q,kv = attention.query(x, *rope),attention.latent(x, *rope)
+        lse = attend_dense(q, kv, attention.sinks, mask, lse=True)[1][0]
+        p = (torch.einsum('thk,sk->ths', q[0], kv[0])*10**-0.5-lse[...,None]).exp()
+        for t,step in enumerate(on):
+            heads = step['layers'][l]['heads']
+            assert_close(torch.tensor([h['weights'] for h in heads]), p[t,:,max(0, t-7):t+1], rtol=0, atol=1e-5)
+            assert_close(torch.tensor([h['sink'] for h in heads]), (attention.sinks-lse[t]).exp(), rtol=0, atol=1e-5)
     for layer in whale.model.layers: layer.mlp.gate.e_score_correction_bias.zero_()
     assert_close(torch.tensor([s['logits'] for s in off]), build.logits(whale, ids), rtol=0, atol=1e-4)
     assert any(a['layers'][0]['moe']['experts']!=b['layers'][0]['moe']['experts'] for a,b in zip(on, off))
@@ -342,6 +355,8 @@ class TestPages:
         for _ in range(3): press(page, 'ArrowLeft')
         t = page.js('[...document.querySelectorAll("#tokens button")].findIndex(e => e.ariaPressed=="true")')
         assert t<=len(want)-4 and page.js('document.activeElement.ariaPressed')=='true'
+        best = build.logits(whale, want[:t+1])[-1].topk(8).indices.tolist()
+        assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
         click(page, '[data-head="2.3"]')
         assert text(page, '#looks').startswith('Layer 3, head 4')
         second = page.js('+document.querySelectorAll("#next button")[1].dataset.id')
