@@ -8,6 +8,7 @@
     python tests/measure.py products                   one matrix product, by several libraries                 results/products.json
     python tests/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
     python tests/measure.py bench [--repeats N]        `nanowhale bench` at three sizes, in fp32 and in bf16       results/bench.json
+    python tests/measure.py explorers [--model FOLDER]  page weight, seconds to the first token, logits      results/explorers.json
     python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
 
@@ -252,6 +253,50 @@ def identity(args):
         if name=='speculative': runs[name]['drafts'] = args.drafts
         record('identity', **head, **runs)
 
+def explorers(args):
+    "The pages that run in a reader's browser: their weight, how soon a whale answers there, and how near its logits are to PyTorch's"
+    import shutil, statistics, torch
+    import browser, test_explorers as T
+    from nanowhale.data import embedded_corpus, load_tokenizer, split_held_out
+    from nanowhale.model import Whale
+    with tempfile.TemporaryDirectory() as d:
+        folder,site = Path(args.model or Path(d)/'whale'),Path(d)/'site'
+        if not args.model: nanowhale('train', '--out', folder)
+        shutil.copytree(T.EXPLORERS, site, ignore=shutil.ignore_patterns('model', '__pycache__', '*.py', 'package.json'))
+        small,tok = T.build.export(folder, site/'whale'/'model'),load_tokenizer(folder)
+        server,home = browser.serve(site)
+        weight,first,pace,differences = {},[],[],[]
+        for n in range(args.loads):       # each in a browser that has never seen the page
+            tab = browser.Browser()
+            for name in ['rope', 'sinkhorn', 'routing', 'whale'] if n==0 else ['whale']:
+                tab.open(f'{home}/{name}/index.html')
+                T.until(tab, T.READY.get(name, 'true'))
+                weight[name] = sum((site/u.removeprefix(home+'/')).stat().st_size for u in set(tab.asked) if u.startswith(home))
+            first.append(float(tab.js('document.body.dataset.ready')))
+            tab.js('document.querySelector("#compare").click()')
+            differences.append(float(T.until(tab, 'document.querySelector("#difference").dataset.worst')))
+            T.enter(tab, '[name=temperature]', 1)
+            tab.js('document.querySelector("#go").click()')
+            T.until(tab, 'document.querySelector("#go").textContent=="Continue"')
+            pace.append(float(T.text(tab, '#pace').split()[-3]))
+            said = tab.call('Browser.getVersion')['product']
+            tab.close()
+        server.shutdown()
+        full = Whale.from_pretrained(folder)
+        ids = [tok.bos_token_id, *tok.encode('\n'.join(split_held_out(embedded_corpus())[1]), add_special_tokens=False)[:199]]
+        ours = torch.tensor(T.js('const model = load(), memory = model.memory(); say(given.ids.map(id => model.step(id, memory).logits))',
+            folder=str(site/'whale'/'model'), ids=ids))
+        rounded,exact = T.build.logits(small, ids),T.build.logits(full, ids)
+        gap = lambda a, b: float(f'{(a-b).abs().max().item():.1e}')
+        loss = lambda z: torch.nn.functional.cross_entropy(z[:-1], torch.tensor(ids[1:])).item()
+        record('explorers', browser=said, loads=args.loads, page_bytes=weight, model_bytes=sum(f.stat().st_size for f in (site/'whale'/'model').iterdir()),
+            seconds_to_first_prediction=dict(median=round(statistics.median(first), 3), all=[round(s, 3) for s in first]),
+            milliseconds_per_token=dict(median=statistics.median(pace), all=pace),
+            busy_processes=round(os.getloadavg()[0], 1), logits=dict(tokens=len(ids),
+                largest_difference_in_the_browser=float(f'{max(differences):.1e}'), largest_difference_to_pytorch=gap(ours, rounded),
+                largest_change_by_half_precision=gap(rounded, exact), same_best_token=round((rounded.argmax(-1)==exact.argmax(-1)).float().mean().item(), 4),
+                loss_in_half_precision=round(loss(rounded), 5), loss_in_full_precision=round(loss(exact), 5)))
+
 def full(args):
     "The 110M whale"
     runs,base = [],Path(args.folder or tempfile.mkdtemp())
@@ -285,6 +330,8 @@ if __name__=='__main__':
     sub.add_parser('products').set_defaults(f=products)
     for f,n in ((scaling, 5), (bench, 5)):
         a = sub.add_parser(f.__name__); a.add_argument('--repeats', type=int, default=n); a.set_defaults(f=f)
+    a = sub.add_parser('explorers'); a.set_defaults(f=explorers); a.add_argument('--model', help='folder of a trained run; none: the default run first')
+    a.add_argument('--loads', type=int, default=5)
     a = sub.add_parser('full'); a.set_defaults(f=full)
     for name in ('data', 'tokenizer'): a.add_argument(f'--{name}', required=True)
     for name in ('device', 'eval', 'folder'): a.add_argument(f'--{name}')
