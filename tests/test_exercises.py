@@ -1,0 +1,113 @@
+"""Exercises: every checker takes the right function, turns every planted mistake away by its own sentence, and says something useful about the rest."""
+import json, re
+from pathlib import Path
+import pytest, torch
+from nanowhale.checker import EXERCISES, answer, copied, drawn, tensors, verdict
+from nanowhale.exercises import check
+
+NBS = Path(__file__).resolve().parents[1]/'nbs'
+MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
+
+def cells(nb, kind): return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
+def section(nb): return next((t.partition('## Exercises')[2].partition('\n## ')[0] for t in cells(nb, 'markdown') if '## Exercises' in t), '')
+
+SECTIONS = {nb.stem: section(nb) for nb in sorted(NBS.glob('[01]*.ipynb')) if section(nb)}
+SOLUTIONS = sorted((NBS/'solutions').glob('*.ipynb'))
+ASKED = {name: (stem, text) for stem,text in SECTIONS.items() for name in re.findall(r"^check\('(\w+)', \w+\)$", text, flags=re.M)}
+
+# ---------------------------------------------------------------- each exercise
+
+@pytest.mark.parametrize('name', EXERCISES)
+def test_the_right_function_passes(name, capsys):
+    check(name, EXERCISES[name].right)
+    assert capsys.readouterr().out==f'{name}: right\n'
+
+@pytest.mark.parametrize('name,says', MISTAKES, ids=lambda s: s[:40])
+def test_a_planted_mistake_is_named(name, says):
+    with pytest.raises(AssertionError) as e: check(name, EXERCISES[name].wrong[says])
+    assert str(e.value)==f'{name}: {says}'
+
+@pytest.mark.parametrize('name', EXERCISES)
+def test_what_nobody_foresaw_is_turned_away_in_one_line(name):
+    ex = EXERCISES[name]
+    first = drawn(ex)[0]
+    right = lambda *args: ex.right(*args)
+    def spoiled(*args):
+        out = right(*args)
+        for t in tensors(args): t.data = t.data.bitwise_not() if t.dtype==torch.bool else t.data+1
+        return out
+    def stops(*args): raise KeyError('no such stream')
+    def changed(f):     # of every tensor, number and string in the result
+        def g(x):
+            if isinstance(x, dict): return {k: g(v) for k,v in x.items()}
+            return type(x)(map(g, x)) if isinstance(x, (list, tuple)) else f(x)
+        return lambda *args: g(right(*args))
+    shape = lambda x: x[None] if isinstance(x, torch.Tensor) else [x]
+    dtype = lambda x: x.to(torch.float16 if x.dtype!=torch.float16 else torch.float32) if isinstance(x, torch.Tensor) else str(x)+'?'
+    value = lambda x: (~x if x.dtype==torch.bool else 2*x+1) if isinstance(x, torch.Tensor) else 2*x+('?' if isinstance(x, str) else 1)
+    attempts = dict(nothing=lambda *args: None, text=lambda *args: 'whale', stops=stops, arguments=lambda: 0,
+        shape=changed(shape), dtype=changed(dtype), value=changed(value))
+    if any(True for _ in tensors(first)): attempts['spoiled'] = spoiled
+    for kind,f in attempts.items():
+        said = verdict(name, f)
+        assert said and '\n' not in said, kind
+        if kind=='stops': assert said.startswith("your function stopped with KeyError: 'no such stream'")
+        if kind=='spoiled': assert 'was changed in place' in said
+        if kind=='nothing': assert 'is a `return` missing?' in said
+        if kind in ('shape', 'dtype'): assert ' is ' in said or ' has ' in said, (kind, said)
+
+@pytest.mark.parametrize('name', EXERCISES)
+def test_drawing_and_checking_leave_no_trace(name):
+    state = torch.get_rng_state()
+    a,b = drawn(EXERCISES[name]),drawn(EXERCISES[name])
+    assert verdict(name, EXERCISES[name].right) is None
+    assert torch.equal(state, torch.get_rng_state())
+    for x,y in zip(tensors(a), tensors(b)): assert torch.equal(x, y)
+    assert all(t.grad is None for t in tensors(a)) and all(x is not y for x,y in zip(tensors(a), tensors(copied(a))))
+
+def test_a_lost_gradient_is_noticed():
+    "The value is right, and nothing can be learned from it"
+    for name in ('balance_loss', 'attend_sdpa', 'index_loss', 'two_heads', 'step_loss'):
+        said = verdict(name, lambda *args: EXERCISES[name].right(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args)) if name!='step_loss'
+            else EXERCISES[name].right([(z.detach(), y) for z,y in args[0]]))
+        assert said.startswith('the gradients'), (name, said)
+
+def test_every_exercise_has_three_mistakes_and_no_two_alike():
+    for name,ex in EXERCISES.items(): assert len(ex.wrong)>=3, name
+    assert len({says for _,says in MISTAKES})==len(MISTAKES)
+
+def test_a_wrong_name_and_no_function():
+    with pytest.raises(ValueError, match='do you mean mix'): check('mixx', abs)
+    with pytest.raises(AssertionError, match='pass the function itself, not a tensor'): check('mix', torch.zeros(2))
+    assert answer('ring', 13, 5).tolist()==[10, 11, 12, 8, 9]
+
+# ---------------------------------------------------------------- the chapters and the solutions
+
+def test_every_exercise_is_asked_and_solved_once():
+    said = [n for text in SECTIONS.values() for n in re.findall(r"^check\('(\w+)'", text, flags=re.M)]
+    assert sorted(said)==sorted(set(said)) and set(said)==set(EXERCISES)
+    solved = [n for nb in SOLUTIONS for c in cells(nb, 'code') for n in re.findall(r"^check\('(\w+)'", c, flags=re.M)]
+    assert sorted(solved)==sorted(EXERCISES)
+
+@pytest.mark.parametrize('stem', SECTIONS)
+def test_exercises_look_alike(stem):
+    "Two to four a chapter; each with a title, five dots, minutes, and where there is a check, a specification and a hint that is folded"
+    text = SECTIONS[stem]
+    parts = re.split(r'^\*\*\d\. ', text, flags=re.M)[1:]
+    assert 2<=len(parts)<=4
+    for i,part in enumerate(parts, 1):
+        assert re.match(r'[^*\n]+\*\* ([●○]{5}) · \d+ minutes\n\n', part), part[:80]
+        dots = re.search('[●○]{5}', part)[0]
+        assert '○●' not in dots and '●' in dots
+        if "\ncheck('" not in part: continue
+        assert re.search(r'```python\n(?:from|import|def|#)[^`]*\n```', part), f'{stem} {i}: no specification'
+        assert part.count('<details><summary>Hint</summary>\n\n')==part.count('\n\n</details>')==1
+        name = re.search(r"^check\('(\w+)', (\w+)\)$", part, flags=re.M)
+        assert f'def {name[2]}(' in part and name[2].startswith('my_')
+    if "\ncheck('" in text: assert text.count('from nanowhale.exercises import check')==1 and re.search(r'\]\(solutions/\w+\.ipynb\)', text)
+
+def test_solutions_do_not_call_what_they_solve():
+    "A solution that returns the course's function proves nothing"
+    for nb in SOLUTIONS:
+        for c in cells(nb, 'code'):
+            for name in re.findall(r"^check\('(\w+)'", c, flags=re.M): assert not re.search(rf'\b(EXERCISES|answer|{name})\(', c.replace(f'my_{name}', '')), (nb.name, name)
