@@ -48,6 +48,7 @@ EXERCISES['training_flops'] = Exercise(lambda c, tokens, T: 3*tokens*sum(count_f
     'backward costs twice as much as forward, so both together three times, not twice': lambda c, tokens, T: 2*tokens*sum(count_flops(c, T).values()),
     'you counted all experts: a token visits only k of them': lambda c, tokens, T: 6*tokens*sum(count_params(c).values())})
 
+# %% ../nbs/21_exercise_model.ipynb #4d5d1418
 def _turns(W, R, theta, full=2*math.pi, exponent=2): return int((W*theta**(-exponent*torch.arange(R//2)/R)>=full).sum())
 EXERCISES['full_turns'] = Exercise(lambda W, R, theta: int((rope_angles(torch.tensor([W]), R, theta)>=2*math.pi).sum()),
     lambda: [(128, 64, 10000.), (2048, 64, 10000.), (10, 12, 50.)], {
@@ -55,6 +56,7 @@ EXERCISES['full_turns'] = Exercise(lambda W, R, theta: int((rope_angles(torch.te
     'pair i turns by theta^(-2i/R): you left out the 2': lambda W, R, theta: _turns(W, R, theta, exponent=1),
     'those are the pairs that do not make it round': lambda W, R, theta: R//2-_turns(W, R, theta)})
 
+# %% ../nbs/21_exercise_model.ipynb #ea88afc1
 def _halves(x, pos, R, theta):
     still,a,b = x.split([x.shape[-1]-R, R//2, R//2], -1)
     z = torch.complex(a, b)*torch.polar(torch.ones(1), rope_angles(pos, R, theta))[:,None]
@@ -66,13 +68,14 @@ EXERCISES['rotate'] = Exercise(_rotate, lambda: [(randn(2, 5, 3, 8), torch.arang
     'you turned the whole head: the first K-R channels stay as they are': lambda x, pos, R, theta: _rotate(x, pos, x.shape[-1], theta),
     'you turned backwards: the sign of the angle is wrong': lambda x, pos, R, theta: _rotate(x, -pos, R, theta)})
 
+# %% ../nbs/21_exercise_model.ipynb #ea800ce5
 def _turned(v, p, R): return _rotate(v[None,None,None], torch.tensor([p]), R, 10000.)[0,0,0]
 EXERCISES['score'] = Exercise(lambda q, k, m, n, R: _turned(q, m, R)@_turned(k, n, R), lambda: [(randn(8), randn(8), 9, 4, 6), (randn(8), randn(8), 2, 2, 4)], {
     'the distance has the wrong sign: turning both by -n leaves the key where it was, and the query at m-n': lambda q, k, m, n, R: _turned(q, n-m, R)@k,
     'you turned query and key by the same angle, which changes nothing: turn one of them': lambda q, k, m, n, R: q@k,
     'in a product angles subtract: the distance is m-n, not m+n': lambda q, k, m, n, R: _turned(q, m+n, R)@k})
 
-# %% ../nbs/21_exercise_model.ipynb #8bdbd921
+# %% ../nbs/21_exercise_model.ipynb #25766cab
 EXERCISES['attend_sdpa'] = Exercise(attend_dense,
     lambda: [(randn(2, 5, 3, 4).requires_grad_(), randn(2, 7, 4).requires_grad_(), randn(3).requires_grad_(), torch.rand(1, 5, 7)<0.6)], {
     'the sink is missing: softmax over keys alone always sums to 1': lambda q, kv, sinks, mask: attend_dense(q, kv, 0*sinks-1e9, mask),
@@ -81,6 +84,7 @@ EXERCISES['attend_sdpa'] = Exercise(attend_dense,
     'every head has a sink of its own: yours all have the first': lambda q, kv, sinks, mask: attend_dense(q, kv, sinks[:1].expand_as(sinks), mask),
     'the mask is upside down: True means that the query sees the key': lambda q, kv, sinks, mask: attend_dense(q, kv, sinks, ~mask)})
 
+# %% ../nbs/21_exercise_model.ipynb #e7dff197
 def _ring(n, size):
     cache = KVCache(size)
     cache.length = n-1
@@ -90,6 +94,7 @@ EXERCISES['ring'] = Exercise(_ring, lambda: [(3, 5), (5, 5), (13, 5), (9, 4)], {
     'slots that were never written hold nothing: with n < size there are n entries': lambda n, size: n-1-(n-1-torch.arange(size))%size,
     'positions begin at 0, so the last one read is n-1': lambda n, size: n-(n-torch.arange(min(n, size)))%size})
 
+# %% ../nbs/21_exercise_model.ipynb #9a2576c5
 def _dense(w, G):
     layer = GroupedLinear(G, w.shape[1], len(w)//G)
     return torch.func.functional_call(layer, dict(weight=w), torch.eye(G*w.shape[1])).mT
@@ -98,13 +103,14 @@ EXERCISES['block_diagonal'] = Exercise(_dense, lambda: [(randn(6, 3), 3), (randn
     'rows are outputs and columns inputs, as in nn.Linear: yours is transposed': lambda w, G: _dense(w, G).mT,
     'the inputs of a group lie side by side: yours take every G-th': lambda w, G: _dense(w, G)[:,torch.arange(G*w.shape[1]).view(G, -1).mT.flatten()]})
 
-# %% ../nbs/21_exercise_model.ipynb #277f26e5
+# %% ../nbs/21_exercise_model.ipynb #8a06c032
 def _visible(T, m, early=0): return (torch.arange(T//m)+1)*m-1-early <= torch.arange(T)[:,None]
 EXERCISES['visible'] = Exercise(lambda T, m: make_blocks(small(compress_rate_csa=m), CSA, torch.arange(T), None)[0].seen[0], lambda: [(11, 3), (8, 4)], {
     'a leak: the query sees a block that has begun, but not ended, and so tokens after itself': lambda T, m: _visible(T, m, m-1),
     'a leak of one token: block c ends with token (c+1)*m-1': lambda T, m: _visible(T, m, 1),
     'the token that completes a block may see its entry': lambda T, m: _visible(T, m, -1)})
 
+# %% ../nbs/21_exercise_model.ipynb #f7ecb140
 def _masked(scores, seen): return scores.masked_fill(~seen, float('-inf'))
 def _scatter(scores, k): return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k, -1).indices, True)
 EXERCISES['choose'] = Exercise(choose,
@@ -115,6 +121,7 @@ EXERCISES['choose'] = Exercise(choose,
     'of equal scores you kept all: never more than k': lambda s, seen, k: seen & (_masked(s, seen)>=_masked(s, seen).topk(k, -1).values[...,-1:]),
     'of equal scores the later entry goes first: yours keeps the earlier': lambda s, seen, k: choose(s.flip(-1), seen.expand_as(s).flip(-1), k).flip(-1)})
 
+# %% ../nbs/21_exercise_model.ipynb #7a5e2bcf
 def _index_case():
     seen = torch.rand(2, 5, 6)<0.7
     seen[0,0] = False
@@ -129,7 +136,7 @@ EXERCISES['index_loss'] = Exercise(index_loss, lambda: [_index_case()], {
     'that is the cross-entropy: subtract the entropy of the target, so that a perfect indexer has 0': lambda s, t, seen:
         index_loss(s, t, seen)+torch.special.entr(t).sum()/seen.any(-1).sum()})
 
-# %% ../nbs/21_exercise_model.ipynb #8cf0e947
+# %% ../nbs/21_exercise_model.ipynb #b312d827
 def _chosen(scores, bias, k): return (scores+bias).topk(k, -1).indices
 EXERCISES['route'] = Exercise(route, lambda: [(torch.rand(2, 5, 6), 0.5*randn(6), 2, 1.5)], {
     'you weighed the experts by the biased scores: the bias only chooses': lambda s, b, k, scale:
@@ -139,6 +146,7 @@ EXERCISES['route'] = Exercise(route, lambda: [(torch.rand(2, 5, 6), 0.5*randn(6)
         (_chosen(s, b, k), scale*(s/s.sum(-1, keepdim=True)).gather(-1, _chosen(s, b, k))),
     'scale is missing: the weights of a token sum to it, not to 1': lambda s, b, k, scale: route(s, b, k, 1)})
 
+# %% ../nbs/21_exercise_model.ipynb #f4540f74
 def _every(x, idx, w, gate_up, down, limit, both=False, early=False):
     gate,up = torch.einsum('md,eid->mei', x, gate_up).chunk(2, -1)
     h = F.silu(gate.clamp(-limit if both else None, limit))*up.clamp(-limit, limit)
@@ -154,6 +162,7 @@ EXERCISES['all_experts'] = Exercise(dispatch, lambda: [(2*randn(7, 4), torch.sta
     'the k-th weight belongs to the k-th chosen expert: yours are in another order': lambda x, idx, w, gu, d, limit:
         dispatch(x, idx, w.flip(-1), gu, d, limit)})
 
+# %% ../nbs/21_exercise_model.ipynb #ad75763a
 def _loads(scores, idx): return torch.zeros_like(scores).scatter(-1, idx, 1.).mean(1)*scores.shape[-1]/idx.shape[-1]
 EXERCISES['balance_loss'] = Exercise(balance_loss, lambda: [(torch.rand(2, 5, 6).requires_grad_(), torch.rand(2, 5, 6).topk(2, -1).indices)], {
     'a loss made of counts has no gradient: one of the two factors must be the mean of the scores': lambda s, idx:
@@ -162,13 +171,14 @@ EXERCISES['balance_loss'] = Exercise(balance_loss, lambda: [(torch.rand(2, 5, 6)
     'divide the scores of each token by their sum before you average': lambda s, idx: (_loads(s, idx)*s.mean(1)).sum(-1).mean(),
     'the factor E/k is missing: perfect balance must give 1': lambda s, idx: balance_loss(s, idx)*idx.shape[-1]/s.shape[-1]})
 
-# %% ../nbs/21_exercise_model.ipynb #7bb31f91
+# %% ../nbs/21_exercise_model.ipynb #21120130
 EXERCISES['mix'] = Exercise(mix, lambda: [(randn(2, 5, 4), randn(2, 5, 4, 4), randn(2, 5, 4, 3), randn(2, 5, 3))], {
     'you summed over the target index: comb[j,k] is the share of source j that goes to target k': lambda post, comb, X, y: mix(post, comb.mT, X, y),
     'y goes to every stream with the weight post': lambda post, comb, X, y: mix(torch.ones_like(post), comb, X, y),
     'the old streams are lost: add what comb keeps of them': lambda post, comb, X, y: mix(post, 0*comb, X, y),
     'the old streams are kept as they were: comb must mix them': lambda post, comb, X, y: mix(post, torch.eye(4).expand_as(comb), X, y)})
 
+# %% ../nbs/21_exercise_model.ipynb #00aab6fd
 def _divided(logits, iters, eps, first=-1, axes=(-2, -1), drop=1):
     m = logits.softmax(first)+eps
     for axis in (list(axes)*iters)[:2*iters-drop]: m = m/(m.sum(axis, keepdim=True)+eps)
@@ -180,13 +190,14 @@ EXERCISES['sinkhorn'] = Exercise(sinkhorn, lambda: [(2*randn(2, 5, 4, 4), 2, 1e-
     'one round too few: the last of `iters` divisions over sources ends the loop': lambda z, n, eps: _divided(z, n, eps, drop=2),
     'the logits must become positive first: the exponential is missing': lambda z, n, eps: _divided(z.abs().log(), n, eps)})
 
+# %% ../nbs/21_exercise_model.ipynb #c9f033b5
 PERMUTATIONS = torch.eye(4)[torch.tensor(list(itertools.permutations(range(4))))]   # [24,4,4], [p,i,permutation p of i] is 1
 EXERCISES['birkhoff'] = Exercise(lambda z: torch.einsum('...p,pij->...ij', z.softmax(-1), PERMUTATIONS), lambda: [(randn(2, 5, 24),)], {
     'permutation p sends row i to column p[i]: your matrices are transposed': lambda z: torch.einsum('...p,pji->...ij', z.softmax(-1), PERMUTATIONS),
     'the weights of the permutations must sum to 1: take the softmax over all 24': lambda z: torch.einsum('...p,pij->...ij', z.sigmoid(), PERMUTATIONS),
     'the softmax runs over the wrong axis: the 24 weights of one matrix sum to 1': lambda z: torch.einsum('...p,pij->...ij', z.softmax(0), PERMUTATIONS)})
 
-# %% ../nbs/21_exercise_model.ipynb #882e8811
+# %% ../nbs/21_exercise_model.ipynb #05cb1d2a
 def _rope(T, cfg): return rope_cos_sin(torch.arange(T), cfg.qk_rope_head_dim, 50.)
 def _mask(T, cfg): return window_mask(torch.arange(T), torch.arange(T), cfg.sliding_window)
 def _sublayer(hc, norm, f, X):
@@ -209,6 +220,7 @@ EXERCISES['sublayer'] = Exercise(_sublayer, lambda: [_sublayer_case()], {
     'no residual beside the streams: they are the residual, so y is the output of f alone': lambda hc, norm, f, X: _wired(hc, norm, f, X, y=lambda y, u: y+u),
     'comb mixes the streams as they were before the sublayer; y is added afterwards, by post alone': _written_first})
 
+# %% ../nbs/21_exercise_model.ipynb #bba9ab88
 def _parallel(block, X, rope, mask, twice=False, one=False, chain=False):
     pre,post,comb = block.attn_hc(X)
     u = collapse(pre, X)
@@ -221,6 +233,7 @@ EXERCISES['parallel'] = Exercise(_parallel, lambda: [(rough(Block(small())), ran
     'the experts must not see what attention wrote: both read u': lambda *args: _parallel(*args, chain=True),
     'mix once: y is the sum of both halves': lambda *args: _parallel(*args, twice=True)})
 
+# %% ../nbs/21_exercise_model.ipynb #63f84a90
 def _stack(blocks, X, rope, mask, of=lambda now, old: (old[0], *now[1:]), back=1):
     olds = []
     for block in blocks:
@@ -237,7 +250,7 @@ EXERCISES['stale_read'] = Exercise(_stack,
     'only pre comes from the sublayer before: post and comb are its own': lambda *args: _stack(*args, of=lambda now, old: old),
     'you went back a whole block: the sublayer before the experts is the attention of the same block': lambda *args: _stack(*args, back=2)})
 
-# %% ../nbs/21_exercise_model.ipynb #447cb9f5
+# %% ../nbs/21_exercise_model.ipynb #c3937589
 def _two_docs(): return torch.tensor([[0,0,0,1,1,1,2], [0,0,1,1,1,-1,-1]])
 EXERCISES['shift'] = Exercise(shift_labels, lambda: [(torch.randint(0, 23, (2, 7)), by, d) for by in (1, 2) for d in (_two_docs(), 0*_two_docs())], {
     'you wrapped around: the last positions must not get the first tokens of their row': lambda labels, by, docs:
@@ -246,6 +259,7 @@ EXERCISES['shift'] = Exercise(shift_labels, lambda: [(torch.randint(0, 23, (2, 7
     'padding (documents below 0) predicts nothing': lambda labels, by, docs: shift_labels(labels, by, docs+5),
     'the target lies behind: position i must predict the token at i+by': lambda labels, by, docs: shift_labels(labels.flip(1), by, docs.flip(1)).flip(1)})
 
+# %% ../nbs/21_exercise_model.ipynb #a1cf45e4
 def _mtp_streams(block, X, e): return block.e_proj(block.enorm(e))[:,:,None]+block.h_proj(block.hnorm(X))
 EXERCISES['mtp_input'] = Exercise(lambda block, X, e: _mtp_streams(block, X, next_embeddings(e)),
     lambda: [(rough(MTPBlock(small())), randn(2, 5, 3, 6), randn(2, 5, 6))], {
@@ -255,6 +269,7 @@ EXERCISES['mtp_input'] = Exercise(lambda block, X, e: _mtp_streams(block, X, nex
     'the norms are missing: enorm for the embedding, hnorm for the streams': lambda block, X, e: block.e_proj(next_embeddings(e))[:,:,None]+block.h_proj(X),
     'the last position has no next token and is told zeros: yours wraps around': lambda block, X, e: _mtp_streams(block, X, e.roll(-1, 1))})
 
+# %% ../nbs/21_exercise_model.ipynb #b25b100a
 def _agree(main, mtp, by=1):
     n = main.shape[1]-by
     return (main[:,by:].argmax(-1)==mtp[:,:n].argmax(-1)).float().mean().item()
@@ -267,6 +282,7 @@ EXERCISES['accepted'] = Exercise(_agree, lambda: [_heads(), _heads()], {
     'the last draft has nobody to judge it: leave it out, do not wrap around': lambda main, mtp:
         (main.roll(-1, 1).argmax(-1)==mtp.argmax(-1)).float().mean().item()})
 
+# %% ../nbs/21_exercise_model.ipynb #9224e8ae
 def _two_heads(h, g, weight, labels, docs, lam, by=(1, 2)):
     main,mtp = (head_loss(x, weight, shift_labels(labels, n, docs)) for x,n in zip((h, g), by))
     return main+lam*mtp
@@ -280,6 +296,7 @@ EXERCISES['two_heads'] = Exercise(_two_heads, lambda: [(randn(2, 7, 4).requires_
     'the main head predicts the token it has just read: its labels lie 1 ahead': lambda *args: _two_heads(*args, by=(0, 2)),
     'labels in another document are no targets': lambda h, g, weight, labels, docs, lam: _two_heads(h, g, weight, labels, None, lam)})
 
+# %% ../nbs/21_exercise_model.ipynb #25509974
 def _rows(whale, texts, docs): return [z for z in whale(torch.cat(texts)[None], docs=docs).logits[0].split([len(t) for t in texts])]
 EXERCISES['packed'] = Exercise(lambda whale, texts: [whale(t[None]).logits[0] for t in texts],
     lambda: [(rough(Whale(small())), [torch.randint(0, 23, (n,)) for n in (3, 6, 4)])], {

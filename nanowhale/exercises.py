@@ -13,7 +13,7 @@ from .data import pack
 from .optim import schedule
 from .speculate import residual
 from .evaluate import bits_per_byte
-from .checker import EXERCISES, Exercise, answer, check
+from .checker import EXERCISES, Exercise, answer, check   # noqa: F401  readers import the last two from here
 from .exercise_model import randn, rough, small
 
 # %% ../nbs/21_exercises.ipynb #0c31797c
@@ -31,6 +31,7 @@ EXERCISES['pack'] = Exercise(pack, lambda: [([[0,5,6,1], [0,7,1], [0,8,9,4,1]], 
     'padding belongs to no document: its number is -1': lambda docs, context, pad: _packed(docs, context, pad, mark=lambda owner: owner[-1]),
     'the last row is missing: pad it instead of dropping it': _cut})
 
+# %% ../nbs/21_exercises.ipynb #780e41c4
 def _fit(lengths, size, open_rows=lambda n: range(n), best=False, slack=0):
     room,out = [],[]
     for n in lengths:
@@ -44,6 +45,7 @@ EXERCISES['first_fit'] = Exercise(_fit, lambda: [([7,5,2,3,6,1,4,2], 10), ([4,4,
     'that is best fit, the fullest row with room: take the first': lambda lengths, size: _fit(lengths, size, best=True),
     'a document that fills its row to the last token fits': lambda lengths, size: _fit(lengths, size, slack=1)})
 
+# %% ../nbs/21_exercises.ipynb #67097d29
 def _merged(word, merges, once=False, right=False):
     parts = list(word)
     for a,b in merges:
@@ -64,7 +66,7 @@ EXERCISES['encode_word'] = Exercise(_merged, lambda: [(w, MERGES) for w in ('ban
     'you went through the merges backwards: the first one learned goes first': lambda word, merges: _merged(word, merges[::-1]),
     'within a word merge from the left: in aaa, the pair a a is the first two': lambda word, merges: _merged(word, merges, right=True)})
 
-# %% ../nbs/21_exercises.ipynb #6e088d3d
+# %% ../nbs/21_exercises.ipynb #b57effe7
 def _rates(steps, warmup, decay, final): return torch.tensor([schedule(s, steps, warmup, decay, final) for s in range(steps)])
 def _late(steps, warmup, decay, final): return _rates(steps, warmup, decay, final)*torch.tensor([s/(s+1) if s<warmup else 1 for s in range(steps)])
 EXERCISES['rates'] = Exercise(_rates, lambda: [(20, 4, 0.5, 0.1), (15, 3, 0.9, 0.2)], {
@@ -73,12 +75,14 @@ EXERCISES['rates'] = Exercise(_rates, lambda: [(20, 4, 0.5, 0.1), (15, 3, 0.9, 0
         _rates(steps, warmup, 1., final),
     'the rate falls to `final`, not to 0': lambda steps, warmup, decay, final: _rates(steps, warmup, decay, 0.)})
 
+# %% ../nbs/21_exercises.ipynb #e5ef15d7
 def _uv(G, f=lambda U, S, Vh: U@Vh): return f(*torch.linalg.svd(G, full_matrices=False))
 EXERCISES['orthogonal'] = Exercise(_uv, lambda: [(randn(5, 3),), (randn(3, 5),), (randn(4, 4),)], {
     'that is G again: leave out the singular values': lambda G: G.clone(),
     'torch.linalg.svd returns V transposed already: do not transpose it again': lambda G: _uv(G, lambda U, S, Vh: U@(Vh.mT if len(Vh)==Vh.shape[1] else Vh)),
     'you made the whole matrix small, not every direction equal': lambda G: G/torch.linalg.matrix_norm(G)})
 
+# %% ../nbs/21_exercises.ipynb #0ef11d00
 def _adamw(p, g, m, v, t, lr, b1, b2, eps, wd, l2=False, plain=False, inside=False):
     if l2: g,wd = g+wd*p,0
     m,v = b1*m+(1-b1)*g,b2*v+(1-b2)*g**2
@@ -91,13 +95,14 @@ EXERCISES['adamw'] = Exercise(_adamw,
     'eps is added to the root, not under it': lambda *args: _adamw(*args, inside=True),
     'decay and step both hang on the learning rate: p*(1-lr*wd)': lambda p, g, m, v, t, lr, b1, b2, eps, wd: _adamw(p, g, m, v, t, lr, b1, b2, eps, wd/lr)})
 
+# %% ../nbs/21_exercises.ipynb #a4bf3b15
 EXERCISES['combine'] = Exercise(lambda grads, counts: sum(g*n for g,n in zip(grads, counts))/sum(counts),
     lambda: [([randn(3, 2) for _ in range(3)], [4, 1, 7])], {
     'a plain mean: a process with few targets would count as much as one with many': lambda grads, counts: sum(grads)/len(grads),
     'a sum: two processes would take steps twice as long': lambda grads, counts: sum(grads),
     'divide by all targets together, not by the number of processes': lambda grads, counts: sum(g*n for g,n in zip(grads, counts))/len(counts)})
 
-# %% ../nbs/21_exercises.ipynb #df7bc77c
+# %% ../nbs/21_exercises.ipynb #8841851e
 def _step_loss(batches, mean=lambda sums, counts: sum(sums)/sum(counts)):
     sums,counts = [F.cross_entropy(z, y, ignore_index=-100, reduction='sum') for z,y in batches],[(y!=-100).sum() for _,y in batches]
     return mean(sums, counts)
@@ -110,6 +115,7 @@ EXERCISES['step_loss'] = Exercise(_step_loss, lambda: [(_batches(),)], {
     'you divided by all positions: those with -100 are no targets': lambda batches:
         _step_loss(batches, lambda sums, counts: sum(sums)/sum(len(y) for _,y in batches))})
 
+# %% ../nbs/21_exercises.ipynb #96d03a1d
 def _clipped(grads, most, total=lambda norms: math.hypot(*norms), highest=1):
     factor = min(highest, most/total([g.norm().item() for g in grads]))
     return [g*factor for g in grads]
@@ -119,6 +125,7 @@ EXERCISES['clip'] = Exercise(_clipped, lambda: [([randn(3, 4), 0.1*randn(5)], 1.
     'clip the norm, not the numbers': lambda grads, most: [g.clamp(-most, most) for g in grads],
     'the norm is the root of the sum of squares, not a sum of norms': lambda grads, most: _clipped(grads, most, sum)})
 
+# %% ../nbs/21_exercises.ipynb #0c7f52e3
 def _rounded(x, u, up=lambda u, share: u<share):
     bits = x.view(torch.int32)
     low,share = bits & -65536,(bits & 65535)/65536
@@ -128,7 +135,7 @@ EXERCISES['stochastic_round'] = Exercise(_rounded, lambda: [(randn(40), torch.ra
     'always towards zero: go up when u lies below the share of the way': lambda x, u: _rounded(x, u, lambda u, share: u<0),
     'up and down are swapped: the closer neighbour must be the likelier one': lambda x, u: _rounded(x, u, lambda u, share: u>=share)})
 
-# %% ../nbs/21_exercises.ipynb #ab219cb2
+# %% ../nbs/21_exercises.ipynb #17a9e6c2
 def _typical(logits, mass, off=lambda p, s, h: (s-h).abs(), keep=lambda p, mass: p.cumsum(-1)-p<mass):
     p = logits.softmax(-1)
     s = -p.log()
@@ -142,11 +149,13 @@ EXERCISES['keep_typical'] = Exercise(_typical, lambda: [(2*randn(4, 9), m) for m
     'the entropy is the mean surprise under p: you averaged over the vocabulary': lambda z, mass:
         _typical(z, mass, lambda p, s, h: (s-s.mean(-1, keepdim=True)).abs())})
 
+# %% ../nbs/21_exercises.ipynb #b756b469
 EXERCISES['gumbel'] = Exercise(lambda logits, u: (logits-(-u.log()).log()).argmax(-1), lambda: [(randn(30, 7), torch.rand(30, 7))], {
     'the noise has the wrong sign: add -ln(-ln u)': lambda logits, u: (logits+(-u.log()).log()).argmax(-1),
     'one logarithm is missing: the noise is -ln(-ln u)': lambda logits, u: (logits-u.log()).argmax(-1),
     'add the noise to the logits, not to the probabilities': lambda logits, u: (logits.softmax(-1)-(-u.log()).log()).argmax(-1)})
 
+# %% ../nbs/21_exercises.ipynb #8fc813ee
 def _chunks(whale, ids, n, fresh=False, back=0):
     cache,out = Cache(whale.cfg),[]
     for a in range(0, ids.shape[1], n):
@@ -160,12 +169,14 @@ EXERCISES['prefill'] = Exercise(lambda whale, ids, n: whale(ids).logits,
     'give each pass the new tokens only: the cache holds the earlier ones': lambda *args: _chunks(*args, back=1),
     'the last pass is shorter: its tokens are missing': lambda whale, ids, n: _chunks(whale, ids[:,:ids.shape[1]//n*n], n)})
 
+# %% ../nbs/21_exercises.ipynb #850d3104
 EXERCISES['residual'] = Exercise(residual, lambda: [(randn(3, 6).softmax(-1), randn(3, 6).softmax(-1))], {
     'a probability cannot be negative: where the drafter gave more than the model wants, the rest is 0': lambda p, q: (p-q)/(p-q).abs().sum(-1, keepdim=True),
     'what is left has to sum to 1 again': lambda p, q: (p-q).clamp(min=0),
     'the other way round: what the model wants beyond what the drafter gave is p-q': lambda p, q: residual(q, p),
     'drawing from p again would favour what the drafter likes: take away what it has given': lambda p, q: p.clone()})
 
+# %% ../nbs/21_exercises.ipynb #649790ec
 def _lookup(ids, k, n, newest=True, most=0):
     ids = list(ids)
     for at in sorted(range(len(ids)-k), reverse=newest):
@@ -177,7 +188,7 @@ EXERCISES['lookup'] = Exercise(_lookup, lambda: [([1,2,3,1,2,4,5,1,2], 2, 2), ([
         (lambda d: (list(ids[-k:])+d)[:n] if d else [])(_lookup(ids, k, n)),
     'the end of the text always equals itself: look at earlier places only': lambda ids, k, n: []})
 
-# %% ../nbs/21_exercises.ipynb #95674565
+# %% ../nbs/21_exercises.ipynb #666a6e31
 def _bits(p, share=lambda w, p: w*p, of=lambda w, p: -math.log2(w@p)):
     w,bits = torch.ones(len(p), dtype=p.dtype)/len(p),0.
     for now in p.unbind(1):
@@ -190,6 +201,7 @@ EXERCISES['mixture'] = Exercise(_bits, lambda: [(torch.rand(3, 12).double(),), (
     'the weights never change: multiply each by the probability its model gave': lambda p: _bits(p, share=lambda w, now: w),
     'those are nats: bits come from the logarithm to the base 2': lambda p: _bits(p)*math.log(2)})
 
+# %% ../nbs/21_exercises.ipynb #998036c2
 def _nats_of(logits, labels, how='sum'): return F.cross_entropy(logits.flatten(0,1), labels.flatten(), ignore_index=-100, reduction=how).item()
 EXERCISES['bits_per_byte'] = Exercise(lambda logits, labels, n_bytes: bits_per_byte(_nats_of(logits, labels), n_bytes),
     lambda: [(randn(2, 5, 6), torch.randint(0, 6, (2, 5)).where(torch.rand(2, 5)<0.7, -100), 37)], {
@@ -198,6 +210,7 @@ EXERCISES['bits_per_byte'] = Exercise(lambda logits, labels, n_bytes: bits_per_b
     'those are bits per token: divide by the bytes of the text': lambda z, y, n: bits_per_byte(_nats_of(z, y, 'mean'), 1),
     'a label of -100 is no target: it costs nothing': lambda z, y, n: bits_per_byte(_nats_of(z, y.clamp(min=0)), n)})
 
+# %% ../nbs/21_exercises.ipynb #8f19e446
 def _answers(ids, who, keep=lambda who: [w==2 for w in who]): return [i if k else -100 for i,k in zip(ids, keep(who))]
 EXERCISES['answer_labels'] = Exercise(_answers, lambda: [([0,5,6,7,1,8,9,1,5,4,1,8,3,3,1], [0,0,1,1,1,0,2,2,0,1,1,0,2,2,2])], {
     'that trains the whale to ask as well: only tokens of the assistant are targets': lambda ids, who: _answers(ids, who, lambda who: [w>0 for w in who]),

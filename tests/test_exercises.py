@@ -1,5 +1,5 @@
 """Exercises: every checker takes the right function, turns every planted mistake away by its own sentence, and says something useful about the rest."""
-import json, re
+import ast, json, re
 from pathlib import Path
 import pytest, torch
 from nanowhale.checker import EXERCISES, answer, copied, drawn, tensors, verdict
@@ -104,10 +104,12 @@ def test_exercises_look_alike(stem):
         assert part.count('<details><summary>Hint</summary>\n\n')==part.count('\n\n</details>')==1
         name = re.search(r"^check\('(\w+)', (\w+)\)$", part, flags=re.M)
         assert f'def {name[2]}(' in part and name[2].startswith('my_')
+        for spec in re.findall(r'```python\n(.*?)```', part, flags=re.S): ast.parse(spec)
     if "\ncheck('" in text: assert text.count('from nanowhale.exercises import check')==1 and re.search(r'\]\(solutions/\w+\.ipynb\)', text)
 
 def test_solutions_do_not_call_what_they_solve():
     "A solution that returns the course's function proves nothing"
     for nb in SOLUTIONS:
         for c in cells(nb, 'code'):
-            for name in re.findall(r"^check\('(\w+)'", c, flags=re.M): assert not re.search(rf'\b(EXERCISES|answer|{name})\(', c.replace(f'my_{name}', '')), (nb.name, name)
+            for name in re.findall(r"^check\('(\w+)'", c, flags=re.M):
+                assert not re.search(rf'\b(EXERCISES|answer|{name})\b', c.split('\ncheck(')[0]), (nb.name, name)
