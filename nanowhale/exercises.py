@@ -59,12 +59,17 @@ def _longest(word, merges):
     while word:
         out.append(next(word[:n] for n in range(len(word), 0, -1) if word[:n] in known)); word = word[len(out[-1]):]
     return out
+def _in_text(word, merges):
+    text = ' '.join(word)
+    for a,b in merges: text = text.replace(f'{a} {b}', a+b)
+    return text.split()
 MERGES = [('a','n'), ('an','a'), ('n','a'), ('a','a'), ('aa','b'), ('na','na')]
 EXERCISES['encode_word'] = Exercise(_merged, lambda: [(w, MERGES) for w in ('banana', 'ananas', 'naanaaab', 'bnanab', 'aaab')], {
     'merge every place where the pair stands, not the first one only': lambda word, merges: _merged(word, merges, once=True),
     'the order of learning decides: you took the longest known piece': _longest,
     'you went through the merges backwards: the first one learned goes first': lambda word, merges: _merged(word, merges[::-1]),
-    'within a word merge from the left: in aaa, the pair a a is the first two': lambda word, merges: _merged(word, merges, right=True)})
+    'within a word merge from the left: in aaa, the pair a a is the first two': lambda word, merges: _merged(word, merges, right=True),
+    'a pair is two whole pieces: you also matched the end of one and the beginning of the next': _in_text})
 
 # %% ../nbs/21_exercises.ipynb #b57effe7
 def _rates(steps, warmup, decay, final): return torch.tensor([schedule(s, steps, warmup, decay, final) for s in range(steps)])

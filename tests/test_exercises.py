@@ -1,9 +1,10 @@
 """Exercises: every checker takes the right function, turns every planted mistake away by its own sentence, and says something useful about the rest."""
-import ast, json, re
+import ast, functools, json, re
 from pathlib import Path
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from nanowhale.checker import EXERCISES, answer, copied, drawn, tensors, verdict
 from nanowhale.exercises import check
+from nanowhale.generate import keep_top_p
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
@@ -26,6 +27,45 @@ def test_the_right_function_passes(name, capsys):
 def test_a_planted_mistake_is_named(name, says):
     with pytest.raises(AssertionError) as e: check(name, EXERCISES[name].wrong[says])
     assert str(e.value)==f'{name}: {says}'
+
+def adam(p, g, m, v, t, lr, b1, b2, eps, wd):
+    "torch's Adam, which adds the decay to the gradient"
+    w = torch.nn.Parameter(p.clone()); w.grad = g
+    opt = torch.optim.Adam([w], lr=lr, betas=(b1, b2), eps=eps, weight_decay=wd)
+    opt.state[w] = dict(step=torch.tensor(t-1.), exp_avg=m.clone(), exp_avg_sq=v.clone())
+    opt.step()
+    return w.detach(), opt.state[w]['exp_avg'], opt.state[w]['exp_avg_sq']
+
+def sdpa(q, kv, sinks, mask):
+    k = kv[:,None].expand(-1, q.shape[2], -1, -1)
+    return F.scaled_dot_product_attention(q.transpose(1,2), k, k, attn_mask=mask[:,None]).transpose(1,2)
+
+def softmax_weights(scores, bias, k, scale):
+    top = (scores+bias).topk(k, -1)
+    return top.indices, scale*top.values/top.values.sum(-1, keepdim=True)
+
+OTHERS = dict(   # what people write, by other means than the list of mistakes: name -> function, a part of what it must be told
+    full_turns=(lambda W, R, theta: sum(W*theta**(-2*i/R)>=1 for i in range(R//2)), '2 pi'),
+    ring=(lambda n, size: torch.tensor(list(range(n))[-size:]), 'nothing moves'),
+    attend_sdpa=(sdpa, 'sink is missing'),
+    visible=(lambda T, m: torch.arange(0, T//m*m, m)<=torch.arange(T)[:,None], 'has begun, but not ended'),
+    route=(softmax_weights, 'the bias only chooses'),
+    mix=(lambda post, comb, X, y: post[...,None]*y[...,None,:]+comb@X, 'target index'),
+    shift=(lambda labels, by, docs: F.pad(labels, (0,by), value=-100)[:,by:], 'another document'),
+    packed=(lambda whale, texts: whale(torch.cat(texts)[None]).logits[0].split([len(t) for t in texts]), 'see each other'),
+    encode_word=(lambda word, merges: functools.reduce(lambda s, m: re.sub(' '.join(m), ''.join(m), s), merges, ' '.join(word)).split(), 'two whole pieces'),
+    orthogonal=(lambda G: G/G.norm(), 'every direction'),
+    adamw=(adam, 'went into the gradient'),
+    combine=(lambda grads, counts: torch.stack(grads).mean(0), 'a plain mean'),
+    step_loss=(lambda batches: torch.stack([F.cross_entropy(z, y) for z,y in batches]).mean(), 'a mean of means'),
+    clip=(lambda grads, most: [g.clip(-most, most) for g in grads], 'clip the norm'),
+    stochastic_round=(lambda x, u: x.to(torch.bfloat16), 'nearest neighbour'),
+    keep_typical=(keep_top_p, 'that is top-p'),
+    prefill=(lambda whale, ids, n: torch.cat([whale(part).logits for part in ids.split(n, 1)], 1), 'one cache'),
+    answer_labels=(lambda ids, who: [i if w else -100 for i,w in zip(ids, who)], 'to ask as well'))
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_the_same_mistake_by_other_means_is_named(name): assert OTHERS[name][1] in verdict(name, OTHERS[name][0])
 
 @pytest.mark.parametrize('name', EXERCISES)
 def test_what_nobody_foresaw_is_turned_away_in_one_line(name):
