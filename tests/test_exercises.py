@@ -2,6 +2,7 @@
 import ast, functools, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
+import course
 from nanowhale.checker import EXERCISES, answer, copied, drawn, tensors, verdict
 from nanowhale.exercises import check
 from nanowhale.generate import keep_top_p
@@ -153,3 +154,20 @@ def test_solutions_do_not_call_what_they_solve():
         for c in cells(nb, 'code'):
             for name in re.findall(r"^check\('(\w+)'", c, flags=re.M):
                 assert not re.search(rf'\b(EXERCISES|answer|{name})\b', c.split('\ncheck(')[0]), (nb.name, name)
+
+# ---------------------------------------------------------------- tests/course.py
+
+def test_the_course_is_counted_right(tmp_path):
+    md = '# A title\n\nTwo words [here](there.ipynb).\n\n```python\nnot this\n```\n\n$$x+y$$\n\n'
+    md += '## Exercises\n\n**1. One** ●●○○○ · 5 minutes\n\nnot these\n\n## Recap\n\n- end'
+    code = ['#| export\nA,B = 1,2\nTABLE = {}\nTABLE["x"] = [n for n in (A, B)]\n\ndef f(): pass\n_hidden = 3',
+        'for n in 1, 2: assert f() is None\ntest_eq(A, 1)', 'x']
+    cells = [dict(cell_type='markdown', source=[md])]+[dict(cell_type='code', source=[c], outputs=[]) for c in code]
+    cells[-1]['outputs'] = [dict(output_type='display_data', data={'image/png': '', 'text/plain': ''})]
+    (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=cells)))
+    row = course.measure(tmp_path/'x.ipynb')
+    assert row==dict(code_lines=8, words=7, words_per_line=0.9, cell_median=2, cell_p90=5, cell_max=5, export_median=5, export_p90=5,
+        exports=4, assertions=2, unchecked=2, figures=1, exercises=1)
+    assert course.p90(range(1, 11))==9
+    table = list(course.table(dict(x=row | dict(seconds=None))))
+    assert '0.9*' in table[1] and '7*' not in table[1] and table[1].endswith('-')
