@@ -123,6 +123,7 @@ def verdict(
         want,right_grads = outcome(ex.right, args)
         if d := difference(out, want) or difference(grads, right_grads, 'the gradients'): return f'{d}; {given(args)}'
 
+# %% ../nbs/21_checker.ipynb #ce92dc75
 def answer(
     name:str,  # of the exercise
     *args,     # of your own
