@@ -4,7 +4,7 @@
     python tests/notebooks.py check [FILES]   execute, write nothing, fail where a stored output is stale
     python tests/notebooks.py readme          make README.md (and nbs/images/) from nbs/index.ipynb; --check compares
 
-Without FILES, every notebook of `nbs/` is meant. Each runs in a Python process of its own, in `nbs/`, under the
+Without FILES, every notebook under `nbs/` is meant. Each runs in a Python process of its own, in its folder, under the
 environment `ENV`, so that nothing leaks from one to the next and no graphics card or network is ever used. Cells
 marked `#| eval: false`, or with a flag that `tst_flags` of settings.ini names, are skipped and keep their outputs
 (`--flags slow` runs them); so are notebooks whose front matter says `skip_exec: true`, as in nbdev_test.
@@ -193,7 +193,7 @@ def main():
     p.add_argument('--timeout', type=float, default=600, help='seconds a notebook may take (default: 600)')
     a = p.parse_args()
     if a.mode=='readme': sys.exit(bool(write_readme(a.check)))
-    files = [f.resolve() for f in a.files] or sorted(NBS.glob('*.ipynb'))
+    files = [f.resolve() for f in a.files] or sorted(NBS.glob('*.ipynb'))+sorted(NBS.glob('solutions/*.ipynb'))
     if missing := [f for f in files or [NBS/'*.ipynb'] if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
     sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout)))
 
