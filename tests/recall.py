@@ -6,9 +6,10 @@
     python tests/recall.py look --model FOLDER                                 results/look.json
     python tests/recall.py --help
 
-Recall: the text is a stream of pairs, key and value. Half of them are new, the other half repeat an earlier pair, those just
-read more often than those long gone; the value of a repeated pair can be known, and it is all that is learned and measured.
-The distance is counted in tokens, from a value to the same value when it was last read.
+Recall: the text is a stream of pairs, key and value. Half of them are new while there are keys left, the others repeat an
+earlier pair; the value of a repeated pair can be known, and it is all that is learned and measured. Rows to train on have from
+2 to 32 keys, so that some are easy; those to measure on have all 32. The distance is counted in tokens, from a value to the
+same value when it was last read.
 
 Books: rows of 1,024 tokens from anywhere in a book (a jsonl file whose rows have `title` and `text`); the loss on books held
 out, by how much of the book stands before a token.
@@ -33,18 +34,20 @@ KINDS = dict(window=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SW
 EDGES = (2, 10, 18, 34, 66, 128)             # distances, always even, are counted from one to the next; a window of 8 reaches back to 8
 PLACES = (0, 32, 64, 128, 256, 512, 1024)    # so are positions in a row of a book
 
-def pairs(T, rng):
-    "Ids, labels and distances of one row, T each"
-    fresh,last,ids,labels,far = rng.sample(range(1, KEYS+1), KEYS),{},[],[],[]   # last: key -> value and where it was read, the latest at the end
+def pairs(T, keys, rng):
+    "Ids, labels and distances of one row with so many keys, T each"
+    fresh,last,ids,labels,far = rng.sample(range(1, KEYS+1), keys),{},[],[],[]   # last: key -> value and where it was last read
     for t in range(1, T, 2):
         known = bool(last) and (rng.random()<0.5 or not fresh)
-        k = rng.choices(list(last), [1/i for i in range(len(last), 0, -1)])[0] if known else fresh.pop()
-        v,at = last.pop(k) if known else (KEYS+1+rng.randrange(KEYS), t)
+        k = rng.choice(list(last)) if known else fresh.pop()
+        v,at = last.get(k) or (KEYS+1+rng.randrange(KEYS), t)
         last[k] = v,t
         ids += [k, v]; labels += [-100, v if known else -100]; far += [0, t-at]
     return ids,labels,far
 
-def stream(B, T, rng): return [torch.tensor(x) for x in zip(*(pairs(T, rng) for _ in range(B)))]   # ids, labels, distances [B,T]
+def stream(B, T, rng, fewest=KEYS):
+    "Ids, labels and distances [B,T], with `fewest` to all keys in a row"
+    return [torch.tensor(x) for x in zip(*(pairs(T, rng.randint(fewest, KEYS), rng) for _ in range(B)))]
 
 def config(kind, vocab_size=2*KEYS+1, **sizes):
     return WhaleConfig(**dict(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=64, qk_rope_head_dim=8,
@@ -102,7 +105,7 @@ def recall(kind, seed, steps, B=16, T=128):
     torch.manual_seed(seed)
     whale,rng,probe = Whale(config(kind)),random.Random(seed),stream(16, T, random.Random(7))[0]
     before,start = recall_of_indexer(whale, probe),time.process_time()
-    curve = fit(whale, lambda: stream(B, T, rng)[:2], steps)
+    curve = fit(whale, lambda: stream(B, T, rng, 2)[:2], steps)
     return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, edges=EDGES, accuracy=accuracy(whale, T, random.Random(999)),
         indexer=[before, recall_of_indexer(whale, probe)], curve=curve, cpu_seconds=round(time.process_time()-start))
 
