@@ -52,8 +52,8 @@ def stream(B, T, rng, fewest=KEYS):
 def config(kind, vocab_size=2*KEYS+1, **sizes):
     return WhaleConfig(**dict(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=64, qk_rope_head_dim=8,
         q_lora_rank=64, o_groups=2, o_lora_rank=32, sliding_window=8, max_position_embeddings=1024, moe_intermediate_size=64, n_routed_experts=2,
-        num_experts_per_tok=1, hc_mult=2, hc_sinkhorn_iters=6, num_nextn_predict_layers=0, layer_types=KINDS[kind], compress_rate_csa=4,
-        compress_rate_hca=8, index_n_heads=4, index_head_dim=16, index_topk=4, bos_token_id=None, eos_token_id=None) | sizes)
+        num_experts_per_tok=1, hc_mult=2, hc_sinkhorn_iters=6, num_nextn_predict_layers=0, layer_types=KINDS[kind], compress_rate_csa=2,
+        compress_rate_hca=4, index_n_heads=4, index_head_dim=16, index_topk=4, bos_token_id=None, eos_token_id=None) | sizes)
 
 @torch.no_grad()
 def accuracy(whale, T, rng, rows=192):
@@ -126,7 +126,8 @@ def by_position(whale, rows):
 def read(kind, seed, steps, books, B=4, T=PLACES[-1], held_rows=96):
     "Train on random rows of the books, the same for every kind, and measure by position"
     torch.manual_seed(seed)
-    cfg = config(kind, 1024, hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_hca=16, index_topk=32)
+    cfg = config(kind, 1024, hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
+        compress_rate_hca=16, index_topk=32)
     whale,rng,start = Whale(cfg),random.Random(seed),time.process_time()
     def rows():
         some = rng.choices(books[0], [len(b) for b in books[0]], k=B)
