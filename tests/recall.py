@@ -160,7 +160,7 @@ def decode(lengths, groups=8, n=4):
                 times.append((time.perf_counter()-start)/n); done += n
             kept = sum(l.kv.nbytes+sum(m.tail.nbytes+m.entries.nbytes for m in getattr(l, 'far', [])) for l in cache.layers)
             yield dict(kind=name, context=T, milliseconds=round(1000*median(times), 3), bytes=kept, formula=cache_bytes(cfg, done, 4),
-                flops=round(total(T+1)-total(T)), layers=len(kinds))
+                flops=round(total(T+1)-total(T)))
 
 TEXT = """A dictionary is a mapping from keys to values. To add a key, assign to it; if the key is already there, the old value is lost. Looking up
 a key that is not in the dictionary raises an exception, unless the method get is used, which returns a default value instead. A list cannot be a
