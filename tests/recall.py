@@ -210,5 +210,5 @@ if __name__=='__main__':
         for seed in args.seeds:
             for kind in args.kinds:
                 r = (read if more else recall)(kind, seed, args.steps, **more)
-                add_to(out, r | provenance(f'{said} --kinds {kind} --seeds {seed} --steps {args.steps}'), ('kind', 'seed', 'steps'))
+                add_to(out, r | provenance(f'{said} --kinds {kind} --seeds {seed} --steps {args.steps}'), ('kind', 'seed'))
                 print({k: v for k,v in r.items() if k not in ('curve', 'far')}, flush=True)
