@@ -1,62 +1,67 @@
-"""What reaches beyond the window? Associative recall, by kind of attention and by distance; and the cost of a long memory.
+"""What reaches beyond the window? Associative recall, by kind of attention and by distance; books, by position; and the cost of a long memory.
 
     python tests/recall.py recall --kinds window csa hca all --seeds 0 1 2     results/recall.json
+    python tests/recall.py books --data FILE.jsonl                             results/books.json
     python tests/recall.py decode                                              results/decode.json
     python tests/recall.py look --model FOLDER                                 results/look.json
     python tests/recall.py --help
 
-The text is a stream of pairs, key and value. Half of them are new, the other half repeat an earlier pair; the value of a
-repeated pair can be known, and it is all that is learned and measured. The distance is counted in tokens, from value to value.
+Recall: the text is a stream of pairs, key and value. Half of them are new while there are keys left, the others repeat an
+earlier pair; the value of a repeated pair can be known, and it is all that is learned and measured. Rows to train on have from
+2 to 32 keys, so that some are easy; those to measure on have all 32. The distance is counted in tokens, from a value to the
+same value when it was last read.
+
+Books: rows of 1,024 tokens from anywhere in a book (a jsonl file whose rows have `title` and `text`); the loss on books held
+out, by how much of the book stands before a token.
 """
-import argparse, json, time
+import argparse, json, random, time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 import torch
+from torch.nn import functional as F
 from nanowhale.bench import add_to
 from nanowhale.compress import CompressedAttention, choose, far_weights, index_recall
 from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, layer_flops, nanowhale_v4
+from nanowhale.data import split_held_out, train_tokenizer
 from nanowhale.mla import attend
 from nanowhale.model import Cache, Whale
 from nanowhale.optim import make_optimizers, schedule
 from runs import provenance
 
-KEYS = 32                         # as many values; ids 1 to KEYS, and on from there
+KEYS = 32                                    # as many values; ids 1 to KEYS, and on from there
 KINDS = dict(window=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SWA,CSA,HCA))
-EDGES = (2, 8, 16, 32, 64, 96, 128)   # distances are counted between these
+EDGES = (2, 10, 18, 34, 66, 128)             # distances, always even, are counted from one to the next; a window of 8 reaches back to 8
+PLACES = (0, 32, 64, 128, 256, 512, 1024)    # so are positions in a row of a book
 
-def stream(B, T, generator):
-    "ids and labels [B,T], and [B,T] the distance at every label"
-    ids,labels,far = torch.zeros(B, T).long(),torch.full((B,T), -100),torch.zeros(B, T).long()
-    rand = lambda n: int(torch.randint(n, (1,), generator=generator))
-    for b in range(B):
-        keys,where = (torch.randperm(KEYS, generator=generator)+1).tolist(),{}
-        for t in range(0, T-1, 2):
-            if where and (rand(2) or not keys):
-                k = list(where)[rand(len(where))]
-                v = ids[b,where[k]].item()
-                labels[b,t+1],far[b,t+1] = v,t+1-where[k]
-            else: k,v = keys.pop(),KEYS+1+rand(KEYS)
-            ids[b,t],ids[b,t+1] = k,v
-            where[k] = where.get(k, t+1) if labels[b,t+1]<0 else where[k]
+def pairs(T, keys, rng):
+    "Ids, labels and distances of one row with so many keys, T each"
+    fresh,last,ids,labels,far = rng.sample(range(1, KEYS+1), keys),{},[],[],[]   # last: key -> value and where it was last read
+    for t in range(1, T, 2):
+        known = bool(last) and (rng.random()<0.5 or not fresh)
+        k = rng.choice(list(last)) if known else fresh.pop()
+        v,at = last.get(k) or (KEYS+1+rng.randrange(KEYS), t)
+        last[k] = v,t
+        ids += [k, v]; labels += [-100, v if known else -100]; far += [0, t-at]
     return ids,labels,far
 
-def config(kind):
-    return WhaleConfig(vocab_size=2*KEYS+1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=32, qk_rope_head_dim=8, q_lora_rank=48,
-        o_groups=2, o_lora_rank=32, sliding_window=8, max_position_embeddings=256, moe_intermediate_size=64, n_routed_experts=2, num_experts_per_tok=1,
-        hc_mult=2, hc_sinkhorn_iters=6, num_nextn_predict_layers=0, layer_types=KINDS[kind], compress_rate_csa=4, compress_rate_hca=8,
-        index_n_heads=4, index_head_dim=16, index_topk=4, bos_token_id=None, eos_token_id=None)
+def stream(B, T, rng, fewest=KEYS):
+    "Ids, labels and distances [B,T], with `fewest` to all keys in a row"
+    return [torch.tensor(x) for x in zip(*(pairs(T, rng.randint(fewest, KEYS), rng) for _ in range(B)))]
+
+def config(kind, vocab_size=2*KEYS+1, **sizes):
+    return WhaleConfig(**dict(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=64, qk_rope_head_dim=8,
+        q_lora_rank=64, o_groups=2, o_lora_rank=32, sliding_window=8, max_position_embeddings=1024, moe_intermediate_size=64, n_routed_experts=2,
+        num_experts_per_tok=1, hc_mult=2, hc_sinkhorn_iters=6, num_nextn_predict_layers=0, layer_types=KINDS[kind], compress_rate_csa=2,
+        compress_rate_hca=4, index_n_heads=4, index_head_dim=16, index_topk=4, bos_token_id=None, eos_token_id=None) | sizes)
 
 @torch.no_grad()
-def accuracy(whale, T, generator, rows=128):
+def accuracy(whale, T, rng, rows=192):
     "Share of right answers between each pair of `EDGES`"
-    ids,labels,far = stream(rows, T, generator)
+    ids,labels,far = stream(rows, T, rng)
     right = whale(ids).logits[:,:-1].argmax(-1)==labels[:,1:]
-    out = []
-    for a,b in zip(EDGES, EDGES[1:]):
-        at = (labels[:,1:]>=0) & (far[:,1:]>=a) & (far[:,1:]<b)
-        out.append(round(right[at].float().mean().item(), 4))
-    return out
+    among = lambda a, b: (labels[:,1:]>=0) & (far[:,1:]>=a) & (far[:,1:]<b)
+    return [round(right[among(a, b)].float().mean().item(), 4) for a,b in zip(EDGES, EDGES[1:])]
 
 def judged(layer, x, rope, blocks):
     "What a layer's indexer thinks of all entries"
@@ -78,14 +83,11 @@ def recall_of_indexer(whale, ids):
     for h in hooks: h.remove()
     return round(sum(found)/len(found), 4) if found else None
 
-def train(kind, seed, steps, B=32, T=128, dense=0.5, lr=4e-3, muon_lr=1e-2, show=False):
-    torch.manual_seed(seed)
-    whale,g = Whale(config(kind)),torch.Generator().manual_seed(seed+100)
-    opts,start,curve,before = make_optimizers(whale, lr, muon_lr, 0.),time.monotonic(),[],None
-    probe = stream(16, T, torch.Generator().manual_seed(7))[0]
+def fit(whale, rows, steps, dense=0.5, lr=4e-3, muon_lr=1e-2):
+    "Train on the (ids, labels) of `rows()`, queries seeing all entries for the first `dense` of the steps; returns the loss every 25 steps"
+    opts,start,curve = make_optimizers(whale, lr, muon_lr, 0.),time.monotonic(),[]
     for step in range(steps):
-        ids,labels,_ = stream(B, T, g)
-        if step==0: before = recall_of_indexer(whale, probe)
+        ids,labels = rows()
         out = whale(ids, labels=labels, sparse=step>=dense*steps)
         (out.loss+(0 if out.indexer_loss is None else out.indexer_loss)+1e-3*out.balance_loss).backward()
         torch.nn.utils.clip_grad_norm_(whale.parameters(), 1.)
@@ -93,36 +95,72 @@ def train(kind, seed, steps, B=32, T=128, dense=0.5, lr=4e-3, muon_lr=1e-2, show
             for group in opt.param_groups: group['lr'] = rate*schedule(step, steps, steps//20, 0.6, 0.1)
             opt.step(); opt.zero_grad()
         whale.update_router_bias(out.expert_load)
-        if step%20==0 or step==steps-1:
-            curve.append((step, round(out.loss.item(), 4)))
-            if show: print(*curve[-1], None if out.indexer_loss is None else round(out.indexer_loss.item(), 3), round(time.monotonic()-start), flush=True)
+        if step%25==0 or step==steps-1:
+            curve.append((step, round(out.loss.item(), 3)))
+            print(*curve[-1], round(time.monotonic()-start), flush=True)
     whale.eval()
-    test = torch.Generator().manual_seed(999)
-    return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, accuracy=accuracy(whale, T, test), indexer=[before, recall_of_indexer(whale, probe)],
-        curve=curve, seconds=round(time.monotonic()-start))
+    return curve
+
+def recall(kind, seed, steps, B=16, T=128):
+    torch.manual_seed(seed)
+    whale,rng,probe = Whale(config(kind)),random.Random(seed),stream(16, T, random.Random(7))[0]
+    before,start = recall_of_indexer(whale, probe),time.process_time()
+    curve = fit(whale, lambda: stream(B, T, rng, 2)[:2], steps)
+    return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, edges=EDGES, accuracy=accuracy(whale, T, random.Random(999)),
+        indexer=[before, recall_of_indexer(whale, probe)], curve=curve, cpu_seconds=round(time.process_time()-start))
+
+def read_books(path, vocab_size=1024, chars=100_000):
+    "Token ids of the beginnings of books to train on, and of those held out"
+    books = {}
+    for row in map(json.loads, Path(path).open(encoding='utf8')): books.setdefault(row['title'], []).append(row['text'])
+    parts = split_held_out(['\n\n'.join(texts)[:chars] for texts in books.values()], 10)
+    tok = train_tokenizer(parts[0], vocab_size)
+    return [[torch.tensor(ids) for ids in tok(part, add_special_tokens=False).input_ids] for part in parts]
 
 @torch.no_grad()
-def decode(lengths, repeats=15):
-    "Seconds and bytes of one more token after texts of different lengths, layer kinds apart, at the width of `nanowhale_v4`"
-    rows = []
+def by_position(whale, rows):
+    "Loss [rows,T] of every token after the first"
+    losses = [F.cross_entropy(whale(r).logits[:,:-1].transpose(1, 2), r[:,1:], reduction='none') for r in rows.split(4)]
+    return torch.cat(losses)
+
+def read(kind, seed, steps, books, B=4, T=PLACES[-1], held_rows=96):
+    "Train on random rows of the books, the same for every kind, and measure by position"
+    torch.manual_seed(seed)
+    cfg = config(kind, 1024, hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
+        compress_rate_hca=16, index_topk=32)
+    whale,rng,start = Whale(cfg),random.Random(seed),time.process_time()
+    def rows():
+        some = rng.choices(books[0], [len(b) for b in books[0]], k=B)
+        ids = torch.stack([b[i:i+T] for b in some for i in [rng.randrange(len(b)-T)]])
+        return ids,ids
+    curve = fit(whale, rows, steps)
+    held = torch.cat([b.unfold(0, T+1, T) for b in books[1]])
+    loss = by_position(whale, held[::len(held)//held_rows][:held_rows])
+    mean = [round(loss[:,a:b].mean().item(), 4) for a,b in zip(PLACES, PLACES[1:])]
+    return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, places=PLACES, loss=mean,
+        far=[round(v, 3) for v in loss[:,128:].mean(1).tolist()], curve=curve, cpu_seconds=round(time.process_time()-start))
+
+@torch.no_grad()
+def decode(lengths, groups=8, n=4):
+    "Seconds and bytes of one more token after texts of different lengths, layer kinds apart, at the width of `nanowhale_v4`; the median of groups of n"
     for name,kinds in dict(window=(SWA,)*2, csa=(CSA,)*2, hca=(HCA,)*2).items():
         cfg = replace(nanowhale_v4(), vocab_size=512, num_hidden_layers=2, layer_types=kinds, mlp_layer_types=None, num_nextn_predict_layers=0,
             max_position_embeddings=2**17)
         torch.manual_seed(0)
         whale,cache,done = Whale(cfg).eval(),Cache(cfg),0
-        for n in sorted(lengths):
-            while done<n:
-                k = min(512, n-done)
+        def total(T): return T*sum(x for k,x in layer_flops(cfg, T, kinds[0]).items() if k in ('scores', 'compress'))*len(kinds)
+        for T in sorted(lengths):
+            while done<T:
+                k = min(512, T-done)
                 whale(torch.randint(512, (1,k)), cache=cache); done += k
             times = []
-            for _ in range(repeats):
-                start = time.perf_counter(); whale(torch.randint(512, (1,1)), cache=cache).logits; times.append(time.perf_counter()-start); done += 1
+            for _ in range(groups):
+                start = time.perf_counter()
+                for _ in range(n): whale(torch.randint(512, (1,1)), cache=cache).logits
+                times.append((time.perf_counter()-start)/n); done += n
             kept = sum(l.kv.nbytes+sum(m.tail.nbytes+m.entries.nbytes for m in getattr(l, 'far', [])) for l in cache.layers)
-            flops = sum(x for k,x in layer_flops(cfg, n, kinds[0]).items() if k in ('scores', 'compress'))
-            rows.append(dict(kind=name, context=n, milliseconds=round(1000*median(times), 3), bytes=kept, formula=cache_bytes(cfg, done, 4),
-                flops=round(2*flops)))
-            print(rows[-1], flush=True)
-    return rows
+            yield dict(kind=name, context=T, milliseconds=round(1000*median(times), 3), bytes=kept, formula=cache_bytes(cfg, done, 4),
+                flops=round(total(T+1)-total(T)))
 
 TEXT = """A dictionary is a mapping from keys to values. To add a key, assign to it; if the key is already there, the old value is lost. Looking up
 a key that is not in the dictionary raises an exception, unless the method get is used, which returns a default value instead. A list cannot be a
@@ -150,23 +188,27 @@ def look(folder):
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('recall', 'decode', 'look'))
+    parser.add_argument('what', choices=('recall', 'books', 'decode', 'look'))
     parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--steps', type=int, default=250)
+    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--data', help='books, a jsonl file')
     parser.add_argument('--lengths', nargs='+', type=int, default=[2**i for i in range(9, 17)])
     parser.add_argument('--model', default='v4', help='checkpoint folder to look into')
     parser.add_argument('--out')
     args = parser.parse_args()
-    command = f'python tests/recall.py {args.what}'
+    command,out = f'python tests/recall.py {args.what}',args.out or f'results/{args.what}.json'
     if args.what=='decode':
-        for r in decode(args.lengths): add_to(args.out or 'results/decode.json', r | provenance(command), ('kind', 'context'))
+        for r in decode(args.lengths): print(r, flush=True); add_to(out, r | provenance(command), ('kind', 'context'))
     elif args.what=='look':
         found = look(args.model) | provenance(f'{command} --model {Path(args.model).name}')
-        Path(args.out or 'results/look.json').write_text(json.dumps(found)+'\n')
+        Path(out).write_text(json.dumps(found)+'\n')
+    elif args.what=='books' and not (args.data and Path(args.data).exists()): print(f'no books at {args.data}: nothing measured (pass --data FILE.jsonl)')
     else:
+        more = dict(books=read_books(args.data)) if args.what=='books' else {}
+        said = f'{command} --data {Path(args.data).name}' if more else command
         for seed in args.seeds:
             for kind in args.kinds:
-                r = train(kind, seed, args.steps, show=True) | provenance(f'{command} --kinds {kind} --seeds {seed} --steps {args.steps}')
-                add_to(args.out or 'results/recall.json', r, ('kind', 'seed', 'steps'))
-                print(kind, seed, r['accuracy'], r['indexer'], r['seconds'], flush=True)
+                r = (read if more else recall)(kind, seed, args.steps, **more)
+                add_to(out, r | provenance(f'{said} --kinds {kind} --seeds {seed} --steps {args.steps}'), ('kind', 'seed'))
+                print({k: v for k,v in r.items() if k not in ('curve', 'far')}, flush=True)

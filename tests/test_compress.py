@@ -17,6 +17,7 @@ from nanowhale.generate import generate, left_pad
 from nanowhale.model import Cache, Whale
 from nanowhale.speculate import speculate
 from nanowhale.step import add_gradients
+import recall
 from test_parity import no_downcast, pair, run
 
 T = 27
@@ -311,6 +312,16 @@ def test_a_table_that_names_no_expert_is_refused():
 def test_the_whole_of_v4_has_the_size_that_transformers_counts():
     with torch.device('meta'): whale = Whale(replace(nanowhale_v4(), num_nextn_predict_layers=0))
     assert sum(p.numel() for p in whale.parameters())==111_463_221
+
+def test_what_the_recall_task_asks_can_be_known_and_its_distance_is_the_shortest():
+    ids,labels,far = (x.tolist() for x in recall.stream(8, 128, random.Random(3), 2))
+    seen = 0
+    for row,label,d in zip(ids, labels, far):
+        for t in range(1, 128, 2):
+            behind = [s for s in range(1, t, 2) if row[s-1]==row[t-1]]
+            assert label[t-1]==-100 and (label[t]>=0)==bool(behind)     # nothing else is asked, and nothing that can be known is left out
+            if behind: assert label[t]==row[t]==row[behind[-1]] and d[t]==t-behind[-1]; seen += 1
+    assert seen>200
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
