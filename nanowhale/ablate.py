@@ -166,11 +166,11 @@ def train_one(
         load_entropy=round(mean(m['load_entropy'] for m in metrics[-20:]), 3), skipped=sum(m['skipped'] for m in metrics),
         cpu_seconds=round(seconds, 2), curve=[round(m['loss'], 3) for m in metrics[::max(1, steps//20)]])
 
-# %% ../nbs/19_ablate.ipynb #b62ce7d5
+# %% ../nbs/19_ablate.ipynb #c3356c9f
 @cache
 def pace(
     name:str,         # one of `ABLATIONS`
-    repeats:int=8,   # steps of each that count
+    repeats:int=6,   # steps of each that count
 ) -> float:           # above 1: slower than the base
     "Processor seconds of one training step, as a multiple of the base's, measured in turns"
     def seconds(step, i):
@@ -233,11 +233,11 @@ def table(
         lines.append(f'{n:12}{cost:>9.2f}x{shown(against_base(runs, n)):>18}{shown(against_base(runs, n, "time")):>18}')
     return '\n'.join(lines)
 
-# %% ../nbs/19_ablate.ipynb #b14bb00b
+# %% ../nbs/19_ablate.ipynb #97d44180
 def ablate(
     name:str,                # a part's name, or all
     seeds:int=3,             # runs of each variant
-    steps:int=80,            # of the base; the learning rate falls to the end of it
+    steps:int=60,            # of the base; the learning rate falls to the end of it
     out:str='ablate.json',   # file to add the figures to; what it holds is not measured again
 ) -> list[dict]:             # all entries of the file with as many steps
     "Train the small whale with one part exchanged and without, at equal tokens and at equal time"
@@ -245,10 +245,10 @@ def ablate(
     for n in names: setup(n, steps=steps)      # a wrong name is noticed here
     keep_freed_memory(); torch.set_num_threads(1)
     key = ('name', 'seed', 'base_steps', 'equal')
-    for seed,n in product(range(seeds), names):
-        for equal,m in steps_for(n, steps).items():
-            if any([r[k] for k in key]==[n, seed, steps, equal] for r in entries(out, steps)): continue
-            about = dict(command=f'nanowhale ablate {name} --seeds {seeds} --steps {steps}', commit=commit(), hardware=hardware(torch.device('cpu')))
-            add_to(out, dict(equal=equal, base_steps=steps, pace=1. if n=='base' else pace(n), **train_one(n, seed, m), **about), key)
+    about = dict(command=f'nanowhale ablate {name} --seeds {seeds} --steps {steps}', commit=commit(), hardware=hardware(torch.device('cpu')))
+    for equal,seed,n in product(('tokens', 'time'), range(seeds), names):
+        m = steps_for(n, steps).get(equal)
+        if m is None or any([r[k] for k in key]==[n, seed, steps, equal] for r in entries(out, steps)): continue
+        add_to(out, dict(equal=equal, base_steps=steps, pace=1. if n=='base' else pace(n), **train_one(n, seed, m), **about), key)
     print(table(entries(out, steps)))
     return entries(out, steps)

@@ -135,7 +135,7 @@ def bench(
 def ablate(
     name:Param('the part to exchange (a wrong name lists them), or all', str, opt=False),
     seeds:int=3,             # runs of each variant
-    steps:int=100,           # of the base
+    steps:int=60,            # of the base
     out:str='ablate.json',   # file to add the figures to; what it holds is not measured again
 ):
     "Train a small whale with one part exchanged and without, at equal tokens and at equal time"

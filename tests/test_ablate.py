@@ -88,7 +88,7 @@ def test_a_run_of_two_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, 'pace', lambda name: 0.5)
     found = ablate.ablate('one_stream', seeds=2, steps=2, out=tmp_path/'a.json')
     assert [(r['name'], r['seed'], r['equal'], r['steps']) for r in found]==[('base', 0, 'tokens', 2), ('one_stream', 0, 'tokens', 2),
-        ('one_stream', 0, 'time', 4), ('base', 1, 'tokens', 2), ('one_stream', 1, 'tokens', 2), ('one_stream', 1, 'time', 4)]
+        ('base', 1, 'tokens', 2), ('one_stream', 1, 'tokens', 2), ('one_stream', 0, 'time', 4), ('one_stream', 1, 'time', 4)]
     for r in found: assert r.keys()>={'command', 'commit', 'hardware', 'cpu_seconds'} and r['skipped']==0 and 0<r['bits_per_byte']<20
     assert 'one_stream' in capsys.readouterr().out
     def again(*a): raise RuntimeError('measured twice')
