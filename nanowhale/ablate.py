@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', 'setup', 'words', 'material', 'begin',
            'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'pace', 'steps_for', 'commit', 'entries',
-           'against_base', 'shown', 'table', 'ablate']
+           'against_base', 'pace_of', 'shown', 'table', 'ablate']
 
 # %% ../nbs/19_ablate.ipynb #5b84218e
 import json, subprocess, time
@@ -166,8 +166,7 @@ def train_one(
         load_entropy=round(mean(m['load_entropy'] for m in metrics[-20:]), 3), skipped=sum(m['skipped'] for m in metrics),
         cpu_seconds=round(seconds, 2), curve=[round(m['loss'], 3) for m in metrics[::max(1, steps//20)]])
 
-# %% ../nbs/19_ablate.ipynb #c3356c9f
-@cache
+# %% ../nbs/19_ablate.ipynb #34219d0b
 def pace(
     name:str,         # one of `ABLATIONS`
     repeats:int=6,   # steps of each that count
@@ -182,14 +181,13 @@ def pace(
     return round(median(ratios[2:]), 3)
 
 def steps_for(
-    name:str,    # one of `ABLATIONS`
+    pace:float,  # of the variant
     steps:int,   # of the base
-) -> dict:       # what is equal -> steps
-    "How long to train a variant so that it reads as many tokens as the base, or takes as long"
-    p = 1. if name=='base' else pace(name)
-    return dict(tokens=steps) | (dict(time=round(steps/p)) if abs(p-1)>0.05 else {})
+) -> int:        # the same, where a step costs the same to within five per cent
+    "How long to train a variant so that it takes as long as the base"
+    return steps if abs(pace-1)<=0.05 else round(steps/pace)
 
-# %% ../nbs/19_ablate.ipynb #335b0c09
+# %% ../nbs/19_ablate.ipynb #21d0000b
 def commit() -> str:
     "Of the checkout that the package lies in; its version where there is none"
     root = Path(__path__[0]).parent
@@ -215,6 +213,13 @@ def against_base(
     base,mine = of('base', 'tokens'),of(name, 'tokens') | of(name, equal)
     return [round(mine[s]-base[s], 4) for s in sorted(mine.keys() & base.keys())]
 
+def pace_of(
+    runs:list[dict],   # from `entries`
+    name:str,          # one of `ABLATIONS`
+) -> float|None:
+    "The cost of its step, as a multiple of the base's; None, where it has not been measured"
+    return next((r['pace'] for r in runs if r['name']==name and r['equal']=='pace'), None)
+
 def shown(
     x:list[float],   # one value a seed
 ) -> str:
@@ -225,15 +230,16 @@ def table(
     runs:list[dict],   # from `entries`
 ) -> str:
     "Every variant beside the base"
-    base = [r['bits_per_byte'] for r in runs if r['name']=='base']
+    base = [r['bits_per_byte'] for r in runs if r['name']=='base']   # it has no other entries
     lines = [f'base: {mean(base):.3f} held-out bits per byte, {len(base)} seeds. Differences from it, above zero for worse:', '',
         f"{'':12}{'step costs':>10}{'equal tokens':>18}{'equal time':>18}"]
     for n in dict.fromkeys(r['name'] for r in runs if r['name']!='base'):
-        cost = next(r['pace'] for r in runs if r['name']==n)
-        lines.append(f'{n:12}{cost:>9.2f}x{shown(against_base(runs, n)):>18}{shown(against_base(runs, n, "time")):>18}')
+        cost = pace_of(runs, n)
+        both = (shown(against_base(runs, n, equal)) if equal=='tokens' or cost else '-' for equal in ('tokens', 'time'))
+        lines.append(f'{n:12}{f"{cost:.2f}x" if cost else "-":>10}'+''.join(f'{x:>18}' for x in both))
     return '\n'.join(lines)
 
-# %% ../nbs/19_ablate.ipynb #97d44180
+# %% ../nbs/19_ablate.ipynb #278e6dba
 def ablate(
     name:str,                # a part's name, or all
     seeds:int=3,             # runs of each variant
@@ -244,11 +250,15 @@ def ablate(
     names = list(ABLATIONS) if name=='all' else list(dict.fromkeys(['base', name]))
     for n in names: setup(n, steps=steps)      # a wrong name is noticed here
     keep_freed_memory(); torch.set_num_threads(1)
-    key = ('name', 'seed', 'base_steps', 'equal')
     about = dict(command=f'nanowhale ablate {name} --seeds {seeds} --steps {steps}', commit=commit(), hardware=hardware(torch.device('cpu')))
-    for equal,seed,n in product(('tokens', 'time'), range(seeds), names):
-        m = steps_for(n, steps).get(equal)
-        if m is None or any([r[k] for k in key]==[n, seed, steps, equal] for r in entries(out, steps)): continue
-        add_to(out, dict(equal=equal, base_steps=steps, pace=1. if n=='base' else pace(n), **train_one(n, seed, m), **about), key)
+    def once(n, seed, equal, measure):
+        "What `measure` gives, unless the file has it already"
+        key = dict(name=n, seed=seed, base_steps=steps, equal=equal)
+        if not any(r.items()>=key.items() for r in entries(out, steps)): add_to(out, key | measure() | about, tuple(key))
+    for seed,n in product(range(seeds), names): once(n, seed, 'tokens', lambda: train_one(n, seed, steps))
+    for seed,n in product(range(seeds), names[1:]):
+        once(n, 0, 'pace', lambda: dict(pace=pace(n)))
+        m = steps_for(pace_of(entries(out, steps), n), steps)
+        if m!=steps: once(n, seed, 'time', lambda: train_one(n, seed, m))
     print(table(entries(out, steps)))
     return entries(out, steps)

@@ -3,7 +3,7 @@ import json
 from dataclasses import asdict
 import pytest, torch
 from nanowhale import ablate, data
-from nanowhale.ablate import ABLATIONS, Nothing, against_base, begin, entries, kept, pace, routing_by_lot, setup, steps_for, table, train_one
+from nanowhale.ablate import ABLATIONS, Nothing, against_base, begin, entries, kept, routing_by_lot, setup, steps_for, table, train_one
 from nanowhale.config import count_params
 from nanowhale.hyper import HyperConnection
 from nanowhale.model import Whale
@@ -13,10 +13,10 @@ from runs import texts
 @pytest.fixture(autouse=True)
 def a_small_corpus(monkeypatch):
     "A few hundred documents in place of the standard library's English"
-    for f in (ablate.words, ablate.material, pace): f.cache_clear()
+    for f in (ablate.words, ablate.material): f.cache_clear()
     monkeypatch.setattr(data, 'embedded_corpus', lambda: tuple(texts(300)))
     yield
-    for f in (ablate.words, ablate.material, pace): f.cache_clear()
+    for f in (ablate.words, ablate.material): f.cache_clear()
 
 def built(name): return begin(name, steps=3)[0]
 
@@ -87,14 +87,24 @@ def test_runs_of_a_seed_read_the_same_rows(monkeypatch):
 def test_a_run_of_two_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, 'pace', lambda name: 0.5)
     found = ablate.ablate('one_stream', seeds=2, steps=2, out=tmp_path/'a.json')
-    assert [(r['name'], r['seed'], r['equal'], r['steps']) for r in found]==[('base', 0, 'tokens', 2), ('one_stream', 0, 'tokens', 2),
-        ('base', 1, 'tokens', 2), ('one_stream', 1, 'tokens', 2), ('one_stream', 0, 'time', 4), ('one_stream', 1, 'time', 4)]
-    for r in found: assert r.keys()>={'command', 'commit', 'hardware', 'cpu_seconds'} and r['skipped']==0 and 0<r['bits_per_byte']<20
-    assert 'one_stream' in capsys.readouterr().out
+    assert [(r['name'], r['seed'], r['equal'], r.get('steps')) for r in found]==[('base', 0, 'tokens', 2), ('one_stream', 0, 'tokens', 2),
+        ('base', 1, 'tokens', 2), ('one_stream', 1, 'tokens', 2), ('one_stream', 0, 'pace', None), ('one_stream', 0, 'time', 4), ('one_stream', 1, 'time', 4)]
+    for r in found:
+        assert r.keys()>={'command', 'commit', 'hardware'}
+        assert r['equal']=='pace' or r['skipped']==0 and 0<r['bits_per_byte']<20 and 'cpu_seconds' in r
+    assert 'one_stream       0.50x' in capsys.readouterr().out
     def again(*a): raise RuntimeError('measured twice')
-    monkeypatch.setattr(ablate, 'train_one', again)
-    assert ablate.ablate('one_stream', seeds=2, steps=2, out=tmp_path/'a.json')==found     # what is there is not run again
+    for what in ('train_one', 'pace'): monkeypatch.setattr(ablate, what, again)
+    assert ablate.ablate('one_stream', seeds=2, steps=2, out=tmp_path/'a.json')==found     # what is there is not measured again
     with pytest.raises(RuntimeError, match='twice'): ablate.ablate('one_stream', seeds=3, steps=2, out=tmp_path/'a.json')
+
+def test_a_pace_is_a_ratio_of_times(monkeypatch):
+    "Time stands still but in steps: of the base it takes 2, of the other 3"
+    clock = [0.]
+    monkeypatch.setattr(ablate.time, 'process_time', lambda: clock[0])
+    def begun(name, **kw): return None,lambda i: clock.__setitem__(0, clock[0]+(2 if name=='base' else 3)),None
+    monkeypatch.setattr(ablate, 'begin', begun)
+    assert ablate.pace('dense')==1.5
 
 def test_a_run_can_be_repeated():
     once,again = (train_one('window_8', 0, 2) for _ in range(2))
@@ -104,14 +114,11 @@ def test_unknown_names_are_answered(tmp_path):
     with pytest.raises(ValueError, match='no ablation .tail.: choose one of all, base, one_stream'): ablate.ablate('tail', out=tmp_path/'a.json')
     assert not (tmp_path/'a.json').exists()
 
-def test_equal_time_is_more_steps_for_a_faster_step(monkeypatch):
-    for p,want in {0.5: dict(tokens=100, time=200), 1.25: dict(tokens=100, time=80), 1.04: dict(tokens=100)}.items():
-        monkeypatch.setattr(ablate, 'pace', lambda name: p)
-        assert steps_for('dense', 100)==want
-    assert steps_for('base', 100)==dict(tokens=100)
+def test_equal_time_is_more_steps_for_a_faster_step():
+    assert [steps_for(p, 100) for p in (0.5, 1.25, 0.96, 1., 1.05)]==[200, 80, 100, 100, 100]
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
-    rows = [dict(name=n, seed=s, equal=e, base_steps=10, pace=.5, bits_per_byte=b) for n,s,e,b in [('base', 0, 'tokens', 3.), ('base', 1, 'tokens', 4.),
+    rows = [dict(name=n, seed=s, equal=e, base_steps=10, bits_per_byte=b) for n,s,e,b in [('base', 0, 'tokens', 3.), ('base', 1, 'tokens', 4.),
         ('dense', 1, 'tokens', 4.5), ('dense', 0, 'tokens', 3.1), ('dense', 0, 'time', 2.9), ('dense', 2, 'tokens', 9.)]]
     assert against_base(rows, 'dense')==[0.1, 0.5] and against_base(rows, 'dense', 'time')==[-0.1, 0.5]
     assert '+0.300 +- 0.283' in table(rows)
