@@ -146,7 +146,7 @@ def routing_by_lot(
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/19_ablate.ipynb #0985ff64
+# %% ../nbs/19_ablate.ipynb #917ec81d
 def train_one(
     name:str,      # one of `ABLATIONS`
     seed:int,      # of weights and order
@@ -155,6 +155,7 @@ def train_one(
 ) -> dict:         # what was measured
     "Train one variant from nothing, and measure it on text it has not seen"
     whale,step,held = begin(name, seed, steps=steps, **more)
+    n = max(1, steps//20)
     some = {k: v[:8] for k,v in held.rows.items()}
     before,start = kept(whale, some),time.process_time()
     metrics = [step(i) for i in range(steps)]
@@ -164,7 +165,7 @@ def train_one(
     return dict(name=name, seed=seed, steps=steps, params=whale.n_params(mtp=False), bits_per_byte=round(scores['bits_per_byte'], 4),
         loss=round(scores['loss'], 4), by_lot=round(by_lot['bits_per_byte'], 4), kept=[before, kept(whale, some)],
         load_entropy=round(mean(m['load_entropy'] for m in metrics[-20:]), 3), skipped=sum(m['skipped'] for m in metrics),
-        cpu_seconds=round(seconds, 2), curve=[round(m['loss'], 3) for m in metrics[::max(1, steps//20)]])
+        cpu_seconds=round(seconds, 2), curve=[round(mean(m['loss'] for m in metrics[i:i+n]), 3) for i in range(0, steps, n)])
 
 # %% ../nbs/19_ablate.ipynb #34219d0b
 def pace(
