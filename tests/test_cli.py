@@ -123,6 +123,7 @@ CASES = {
     'config that is no JSON': (['generate', 'Hi', '--model', 'nojson'], 'config.json'),
     'no tokenizer': (['generate', 'Hi', '--model', 'notok'], 'tokenizer'),
     'impossible temperature': (['generate', 'Hi', '--temperature', '-1'], 'temperature'),
+    'no such ablation': (['ablate', 'tail', '--out', 'x'], 'choose one of all, base, one_stream'),
     'no drafts': (['generate', 'Hi', '--speculative', '--drafts', '0'], 'drafts=0'),
 }
 
