@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['trainer_state', 'load_trainer_state', 'sync', 'atomic_folder', 'write_json', 'checkpoints', 'link', 'save_checkpoint',
-           'prune', 'Stopped', 'noting_signals', 'read_run', 'read_metrics', 'drop_metrics']
+           'prune', 'Stopped', 'noting_signals', 'Claim', 'read_run', 'read_metrics', 'drop_metrics']
 
 # %% ../nbs/15_checkpoint.ipynb #7e06b556
 import json, os, shutil, signal, threading
@@ -19,6 +19,10 @@ from .model import Whale
 from .optim import spread_as, whole
 from .parallel import rank
 from .weights import atomic, read_json
+
+# %% ../nbs/15_checkpoint.ipynb #9095b85e
+try: import fcntl
+except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/15_checkpoint.ipynb #879beaeb
 def trainer_state(
@@ -150,6 +154,26 @@ def noting_signals():  # yields a list of the signals that came
     try: yield noted
     finally:
         for s,handler in before.items(): signal.signal(s, handler)
+
+# %% ../nbs/15_checkpoint.ipynb #30c9b86f
+class Claim:
+    "The right to be the only process at work in a folder; it ends with the block, or with the process"
+    folder = held = None
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        if self.held is not None: os.close(self.held)
+        self.folder = self.held = None
+    def take(self,
+        out:Path,   # a run's folder
+    ):
+        "Claim it, or refuse where another process has"
+        if self.folder: return
+        self.folder = out
+        if not fcntl: return
+        self.held = os.open(out, os.O_RDONLY)
+        try: fcntl.flock(self.held, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError: raise FileExistsError(f'{out}: another run is at work in this folder; wait for it, stop it, or choose another with --out') from None
+        except OSError: pass   # a file system without locks
 
 # %% ../nbs/15_checkpoint.ipynb #c0bb83ce
 def read_run(

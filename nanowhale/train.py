@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 import torch
 from . import __version__
-from .checkpoint import Stopped, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, save_checkpoint, write_json
+from .checkpoint import Claim, Stopped, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, save_checkpoint, write_json
 from .config import count_flops, get_preset
 from .data import load_tokenizer, read_texts, is_held_out, train_tokenizer
 from .evaluate import evaluate, xz_bits_per_byte
@@ -225,12 +225,13 @@ class Run:
         self.stream = Stream(blocks, self.recipe.ahead, self.state['stream']) if rank()==0 else None
         self.log = Log(out, self.recipe, self.cfg, device, self.state['step'], self.state['seconds'], tensorboard)
 
-    def found(self, spec):
+    def found(self, spec, claim):
         "Nothing is written before there is a row to train on: a mistake leaves no folder behind"
         n = self.recipe.rows
         if n%n_ranks(): raise ValueError(f'{n} rows a step cannot be shared by {n_ranks()} processes: change --batch-size or --accum')
         if self.stream.block is None: self.stream.block = self.stream.next_block()
         self.out.mkdir(parents=True, exist_ok=True)
+        if not claim.folder: claim.take(self.out); free_folder(self.out)   # a new run: nobody may have come first
         write_json(self.out/'run.json', spec)
 
     def rows(self): return {k: v.to(self.device) for k,v in from_first(lambda: self.stream.take(self.recipe.rows)).items()}
@@ -353,10 +354,12 @@ def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
     spec:dict,      # run.json of a new run
+    claim:Claim,    # on the folder of an old one
 ) -> tuple[dict, Path|None]:  # run.json, and the checkpoint to go on from
     "Open a run's folder: a new one must be free, an old one is read and its metrics are cut to its checkpoint"
     out = Path(out)
     if not resume: free_folder(out); return spec, None
+    if out.is_dir(): claim.take(out)
     spec,last = read_run(out)
     step = read_json(last/'trainer'/'state.json')['step'] if last else 0
     if step>=spec['recipe']['steps'] and (out/'README.md').exists(): raise ValueError(f'{out} has done all its {step} steps: nothing to go on with')
@@ -394,11 +397,11 @@ def train(
     named = recipe or ('chat' if changes.get('chat') else 'whale')
     spec = dict(preset=preset, recipe=asdict(get_recipe(preset, named, **changes)), seed=seed, version=__version__)
     device = local_device(pick_device(device))
-    with ranks(device):
-        spec,last = from_first(lambda: begin(out, resume, spec))
+    with ranks(device), Claim() as claim:
+        spec,last = from_first(lambda: begin(out, resume, spec, claim))
         run = RUNS['chat' if spec['recipe'].get('chat') else 'text'](Path(out), spec, last, device, tensorboard)
         try:
-            from_first(lambda: run.found(spec))
+            from_first(lambda: run.found(spec, claim))
             if rank()==0: print(f'{run.whale.n_params():,} parameters, {hardware(device)}, {run.recipe.steps*run.recipe.targets:,} targets of '
                 f'{run.recipe.source or "the English that ships with Python"}', file=sys.stderr)
             run.go()
