@@ -105,7 +105,7 @@ def attend(
         B = max(len(mask), len(far_mask))
         kv,mask = torch.cat([kv, far], 1),torch.cat([mask.expand(B, -1, -1), far_mask.expand(B, -1, -1)], -1)
     if dense: return attend_dense(q, kv, sinks, mask, lse)
-    if mask is not None: mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, FAR_BELOW)[:,None]
+    if mask is not None: mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, max(FAR_BELOW, torch.finfo(q.dtype).min))[:,None]
     o,total = (x.transpose(1,2) for x in SinkAttention.apply(q.transpose(1,2), kv.to(q.dtype), sinks, mask))
     return (o, total) if lse else o
 
