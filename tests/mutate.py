@@ -2,7 +2,7 @@
 
     python tests/mutate.py                                    the table, and the mistakes that nothing notices
     python tests/mutate.py --out results/mutation.json        the same, kept
-    python tests/mutate.py --only moe optim                   those of some modules
+    python tests/mutate.py --only moe optim                   those of some modules; with --out the others' rows stay
 
 A mistake is a line of `MUTANTS`: module, old text, new text. It is made in a copy of the package in a temporary folder, never in
 the checkout. Then the tests of that module run until one fails; if none does, all others of `REST`. `tests/test_project.py` is left
@@ -205,14 +205,28 @@ def noticed(copy, module, limit):
     own = TESTS[module].split()
     return run(copy, files(own), limit) or run(copy, files(n for n in REST.split() if n not in own), 3*limit)
 
+def load():
+    "What takes seconds to import, once, before the forks; nanowhale itself is not among it"
+    import datasets, hypothesis, matplotlib.pyplot, pytest, torch, torch.testing, torch.distributed.fsdp, torch.utils.data   # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedTokenizerFast   # noqa: F401
+    torch.set_num_threads(1)
+
+def keep(path, rows):
+    "Write the table; rows of other mistakes that are still in the list stay"
+    known = {m: dict() for m in MUTANTS}
+    for r in (json.loads(path.read_text())['mutants'] if path.exists() else [])+rows:
+        if (m := (r['module'], r['old'], r['new'])) in known: known[m] = r
+    rows = [r for r in known.values() if r]
+    path.write_text(json.dumps(dict(**provenance('python tests/mutate.py'), planted=len(rows), noticed=sum(bool(r['by']) for r in rows),
+        minutes=round(sum(r['seconds'] for r in rows)/60, 1), mutants=rows), indent=1)+'\n')
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--only', nargs='*', default=list(TESTS), help='modules whose mistakes to plant')
     p.add_argument('--out', help='a JSON file for the table')
     p.add_argument('--limit', type=int, default=300, help='seconds that the tests of a module may compute')
     a = p.parse_args()
-    import torch, transformers, datasets, pytest   # noqa: F401  loaded once, before the forks; nanowhale itself is not
-    torch.set_num_threads(1)
+    load()
     chosen,rows = [m for m in MUTANTS if m[0] in a.only],[]
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d)
@@ -225,13 +239,12 @@ def main():
             (copy/'nanowhale'/f'{module}.py').write_text(healthy)
             rows.append(dict(module=module, old=old, new=new, by=by, seconds=round(time.monotonic()-began, 1)))
             if not by: rows[-1]['why'] = WHY.get((module, new), 'not explained')
+            if a.out: keep(Path(a.out), rows)
             print(f'{rows[-1]["seconds"]:6} s  {module:10} {new.strip()[:60]:62} {by or "SURVIVED"}', flush=True)
         tests = sorted({r['by'] for r in rows if '::' in r['by']})
         sick = run(copy, tests, 3*a.limit) if tests else ''
         if sick: sys.exit(f'fails without any mistake: {sick}')
     caught = sum(bool(r['by']) for r in rows)
     print(f'{caught} of {len(rows)} noticed ({caught/len(rows):.1%}), all by tests that pass without the mistake')
-    result = dict(**provenance('python tests/mutate.py'), planted=len(rows), noticed=caught, minutes=round(sum(r['seconds'] for r in rows)/60, 1), mutants=rows)
-    if a.out: Path(a.out).write_text(json.dumps(result, indent=1)+'\n')
 
 if __name__=='__main__': main()
