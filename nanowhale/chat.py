@@ -46,7 +46,8 @@ def parse_chat(
 ) -> list[dict]:
     "The conversation that a text stands for"
     try: return check_messages(json.loads(text))
-    except json.JSONDecodeError: raise ValueError(f'not a conversation, but text: {text[:60]!r}; chat data needs rows with "messages"') from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f'not a conversation, but text: {text[:60]!r}; chat data needs rows with "messages"') from None
 
 # %% ../nbs/16_chat.ipynb #9ed26e65
 def render(tok, messages, **kw):

@@ -182,7 +182,8 @@ def main(
     try: command(**options)
     except KeyboardInterrupt as e: return complain(str(e) or 'stopped', getattr(e, 'code', 130))
     except BrokenPipeError: return 0
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
         if os.environ.get('NANOWHALE_TRACEBACK'): raise
         return complain(f'{type(e).__name__ if not str(e) else e}', 1)
     return 0

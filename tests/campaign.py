@@ -175,7 +175,7 @@ def read_only(p):
 def network(short):
     "A source at an address of this machine goes away after some steps: for a moment, or until somebody mends it"
     def f(p):
-        few,done = jsonl(texts(14)).encode(),[]                   # an epoch is over after a few steps, and the source is asked again
+        few = jsonl(texts(14)).encode()                   # an epoch is over after a few steps, and the source is asked again
         patient = lambda: setattr(time, 'sleep', lambda s: None)  # the waits between attempts
         with serving({'a.jsonl': few}) as (server,url):
             words = ['train', '--data', f'{url}/a.jsonl', '--steps', 9, '--evals', 1, *SMALL]

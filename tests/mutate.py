@@ -14,7 +14,7 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 TESTS = dict(   # module -> its tests, the quickest first
-    config='config', rope='rope mla', mla='mla block properties', compress='compress properties', moe='moe properties', hyper='hyper bugs', block='block',
+    config='config', rope='rope compress', mla='mla block properties', compress='compress properties', moe='moe properties', hyper='hyper bugs', block='block',
     mtp='mtp bugs', weights='weights', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
     parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
@@ -200,10 +200,10 @@ def run(copy, words, limit):
 
 def files(names): return [f'tests/test_{n}.py' for n in names if (ROOT/f'tests/test_{n}.py').exists()]
 
-def noticed(copy, module, limit):
+def noticed(copy, module, limit, alone):
     "The first failing test of the module's own tests, then of the rest"
     own = TESTS[module].split()
-    return run(copy, files(own), limit) or run(copy, files(n for n in REST.split() if n not in own), 3*limit)
+    return run(copy, files(own), limit) or ('' if alone else run(copy, files(n for n in REST.split() if n not in own), 3*limit))
 
 def load():
     "What takes seconds to import, once, before the forks; nanowhale itself is not among it"
@@ -224,6 +224,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--only', nargs='*', default=list(TESTS), help='modules whose mistakes to plant')
     p.add_argument('--out', help='a JSON file for the table')
+    p.add_argument('--own', action='store_true', help="only the module's own tests, not the rest of the suite: a first look")
     p.add_argument('--limit', type=int, default=300, help='seconds that the tests of a module may compute')
     a = p.parse_args()
     load()
@@ -235,7 +236,7 @@ def main():
         for m in MUTANTS: (copy/'nanowhale'/f'{m[0]}.py').write_text(plant(copy/'nanowhale', *m))   # all must be plantable
         for module,old,new in chosen:
             began,healthy = time.monotonic(),plant(copy/'nanowhale', module, old, new)
-            by = noticed(copy, module, a.limit)
+            by = noticed(copy, module, a.limit, a.own)
             (copy/'nanowhale'/f'{module}.py').write_text(healthy)
             rows.append(dict(module=module, old=old, new=new, by=by, seconds=round(time.monotonic()-began, 1)))
             if not by: rows[-1]['why'] = WHY.get((module, new), 'not explained')
