@@ -39,6 +39,8 @@ def generate(
     from nanowhale.train import pick_device
     from nanowhale.weights import find_folder
     if prompt is None: prompt = sys.stdin.read().rstrip('\n')
+    try: prompt.encode()
+    except UnicodeEncodeError: raise ValueError('the prompt is not UTF-8 text') from None
     folder = find_folder(model, revision)
     whale,tok = Whale.from_pretrained(folder).to(pick_device(device)),load_tokenizer(folder)
     ids = torch.tensor([[tok.bos_token_id, *tok.encode(prompt, add_special_tokens=False)]], device=whale.lm_head.weight.device)
