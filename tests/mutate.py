@@ -14,7 +14,7 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 TESTS = dict(   # module -> its tests, the quickest first
-    config='config', rope='rope compress', mla='mla block properties', compress='compress properties', moe='moe properties', hyper='hyper bugs', block='block',
+    config='config compress properties', rope='rope properties compress', mla='mla block properties', compress='compress properties', moe='moe properties', hyper='hyper bugs', block='block',
     mtp='mtp bugs', weights='weights', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
     parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')

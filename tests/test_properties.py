@@ -154,6 +154,14 @@ def test_rotation(pairs, still, p, q, seed):
     assert torch.equal(turn(x, p)[...,:still], x[...,:still])
 
 @examples(25)
+@given(st.integers(4, 40), st.sampled_from([1e4, 1.6e5]), st.sampled_from([4096, 65536]), st.floats(2, 40))
+def test_yarn_slows_what_turns_little(pairs, theta, context, factor):
+    "Pairs of 32 turns in the context and more stay, those of one and less slow down by the factor, those between by less"
+    speeds = theta**(-torch.arange(pairs, dtype=torch.float64)/pairs)
+    slower,turns = speeds/rope.yarn(speeds, theta, factor, context),context*speeds/(2*math.pi)
+    for s,n in zip(slower.tolist(), turns.tolist()): assert s==pytest.approx(1) if n>32 else s==pytest.approx(factor) if n<1 else 1+1e-6<s<factor-1e-6 or n in (1, 32)
+
+@examples(25)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5))
 def test_mean_counts_are_the_loops(n, W, rate):
     assert mean_keys(n, W)==pytest.approx(sum(min(t+1, W) for t in range(n))/n)
