@@ -46,12 +46,16 @@ def parse_chat(
 ) -> list[dict]:
     "The conversation that a text stands for"
     try: return check_messages(json.loads(text))
-    except json.JSONDecodeError: raise ValueError(f'not a conversation, but text: {text[:60]!r}; chat data needs rows with "messages"') from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f'not a conversation, but text: {text[:60]!r}; chat data needs rows with "messages"') from None
 
 # %% ../nbs/16_chat.ipynb #9ed26e65
 def render(tok, messages, **kw):
     "The text of a conversation by the tokenizer's template"
-    try: return tok.apply_chat_template(messages, tokenize=False, **kw)
+    try:
+        text = tok.apply_chat_template(messages, tokenize=False, **kw)
+        text.encode()   # half a character is no text
+        return text
     except Exception as e: raise ValueError(f"the tokenizer's chat template does not take this conversation ({first_line(e)})") from None
 
 def answer_spans(

@@ -39,6 +39,8 @@ def generate(
     from nanowhale.train import pick_device
     from nanowhale.weights import find_folder
     if prompt is None: prompt = sys.stdin.read().rstrip('\n')
+    try: prompt.encode()
+    except UnicodeEncodeError: raise ValueError('the prompt is not UTF-8 text') from None
     folder = find_folder(model, revision)
     whale,tok = Whale.from_pretrained(folder).to(pick_device(device)),load_tokenizer(folder)
     ids = torch.tensor([[tok.bos_token_id, *tok.encode(prompt, add_special_tokens=False)]], device=whale.lm_head.weight.device)
@@ -192,7 +194,8 @@ def main(
     try: command(**options)
     except KeyboardInterrupt as e: return complain(str(e) or 'stopped', getattr(e, 'code', 130))
     except BrokenPipeError: return 0
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
         if os.environ.get('NANOWHALE_TRACEBACK'): raise
         return complain(f'{type(e).__name__ if not str(e) else e}', 1)
     return 0

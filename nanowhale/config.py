@@ -30,12 +30,12 @@ def check_kind(
     kind,       # its annotation: int, float, str, or one of them `|None`
 ):
     "Refuse a value that is not of the kind its field is annotated with"
-    if value is None and kind in (int|None, float|None, tuple|None): return
+    if value is None and kind in (int|None, float|None, str|None, tuple|None): return
     if kind in (int, int|None) and not (type(value) is int and abs(value)<2**31):
         reject(field, value, 'must be a whole number below 2147483648, without quotes')
     if kind in (float, float|None) and not (type(value) in (int,float) and abs(value)<1e300):
         reject(field, value, 'must be a finite number, without quotes')
-    if kind is str and not isinstance(value, str): reject(field, value, 'must be a string')
+    if kind in (str, str|None) and not isinstance(value, str): reject(field, value, 'must be a string')
     if kind is bool and not isinstance(value, bool): reject(field, value, 'must be true or false, without quotes')
     if kind==tuple|None and not isinstance(value, (list,tuple)): reject(field, value, 'must be a list, one entry a layer')
 

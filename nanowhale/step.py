@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
+from .config import check_kind
 from .hyper import HyperConnection
 from .model import Whale
 from .mtp import shift_labels
@@ -56,6 +57,7 @@ class Recipe:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
+            check_kind(f.name, v, f.type)
             least = 1 if f.name in ('steps', 'batch_size', 'accum', 'context', 'buffer', 'evals', 'keep', 'patience') else 0
             if isinstance(v, (int, float)) and not v>=least: raise ValueError(f'{f.name}={v}: a recipe needs at least {least} here')
         for name,known in dict(precision=('fp32', 'bf16'), parallel=('ddp', 'fsdp')).items():

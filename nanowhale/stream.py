@@ -153,7 +153,7 @@ class Stream:
         block,used,parts = self.block,self.used,[]
         while n:
             if block is None: block = self.next_block()
-            elif used==len(block['docs']): block,used = self.next_block(),0
+            elif used>=len(block['docs']): block,used = self.next_block(),0
             part = {k: v[used:used+n] for k,v in block.items() if k not in ('number', 'at')}
             parts.append(part); used += len(part['docs']); n -= len(part['docs'])
         self.block,self.used = block,used

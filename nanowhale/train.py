@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PEAKS', 'RUNS', 'free_folder', 'pick_device', 'keep_freed_memory', 'make_tokenizer', 'eval_batch', 'HeldOut',
            'peak_flops', 'hardware', 'peak_memory', 'plot_losses', 'plot_load', 'Log', 'open_board', 'Run', 'measure',
-           'model_card', 'begin', 'finish', 'train']
+           'model_card', 'check_spec', 'begin', 'finish', 'train']
 
 # %% ../nbs/15_train.ipynb #e401a43e
 import ctypes, json, platform, sys, time
@@ -14,9 +14,10 @@ from itertools import islice
 from pathlib import Path
 import torch
 from . import __version__
-from .checkpoint import Stopped, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, save_checkpoint, write_json
+from .checkpoint import Claim, Stopped, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, read_state,\
+    save_checkpoint, write_json
 from .config import count_flops, get_preset
-from .data import load_tokenizer, read_texts, is_held_out, train_tokenizer
+from .data import first_line, load_tokenizer, read_texts, is_held_out, train_tokenizer
 from .evaluate import evaluate, xz_bits_per_byte
 from .generate import generate
 from .model import Whale
@@ -24,7 +25,7 @@ from .optim import make_optimizers
 from .parallel import from_first, local_device, my_rows, n_ranks, rank, ranks, spread, total
 from .step import Recipe, first_not_finite, get_recipe, n_targets, train_step
 from .stream import Blocks, Stream, as_is, held_out_texts, pack_texts
-from .weights import read_file, read_json
+from .weights import read_file
 
 # %% ../nbs/15_train.ipynb #93a7d799
 def free_folder(
@@ -209,7 +210,7 @@ class Run:
     def __init__(self, out, spec, last, device, tensorboard=False):
         self.out,self.recipe,self.device = out,Recipe(**spec['recipe']),device
         fresh = dict(step=0, stream=None, skipped=0, seconds=0., waited=0., best=None, places=0, filled=0)
-        self.state,self.measured = read_json(last/'trainer'/'state.json') if last else fresh,(None, None)
+        self.state,self.measured = read_state(last) if last else fresh,(None, None)
         changes = dict(initializer_range=self.recipe.init_std, num_nextn_predict_layers=int(self.recipe.mtp_weight>0))
         start,recipe = last or self.recipe.init,self.recipe
         texts,one_in = from_first(lambda: held_out_texts(recipe.source, recipe.field))
@@ -220,17 +221,21 @@ class Run:
         self.held = self.held_out(texts, self.tok, recipe, self.cfg.vocab_size)
         self.net = spread(self.whale, self.recipe.parallel)
         self.opts = make_optimizers(self.whale, self.recipe.lr, self.recipe.muon_lr, self.recipe.weight_decay)
-        if last: load_trainer_state(self.whale, self.opts, read_file(last/'trainer'/'optimizer.safetensors'))
+        if last:
+            path = last/'trainer'/'optimizer.safetensors'
+            try: load_trainer_state(self.whale, self.opts, read_file(path))
+            except ValueError as e: raise ValueError(f'{path}: {e}; remove {last} to go on from the checkpoint before it') from None
         blocks = Blocks(recipe.source, self.tok, recipe.context, recipe.field, recipe.buffer, one_in, spec['seed'], pack=self.held.pack)
         self.stream = Stream(blocks, self.recipe.ahead, self.state['stream']) if rank()==0 else None
         self.log = Log(out, self.recipe, self.cfg, device, self.state['step'], self.state['seconds'], tensorboard)
 
-    def found(self, spec):
+    def found(self, spec, claim):
         "Nothing is written before there is a row to train on: a mistake leaves no folder behind"
         n = self.recipe.rows
         if n%n_ranks(): raise ValueError(f'{n} rows a step cannot be shared by {n_ranks()} processes: change --batch-size or --accum')
         if self.stream.block is None: self.stream.block = self.stream.next_block()
         self.out.mkdir(parents=True, exist_ok=True)
+        if not claim.folder: claim.take(self.out); free_folder(self.out)   # a new run: nobody may have come first
         write_json(self.out/'run.json', spec)
 
     def rows(self): return {k: v.to(self.device) for k,v in from_first(lambda: self.stream.take(self.recipe.rows)).items()}
@@ -349,16 +354,30 @@ The recipe: `{json.dumps(spec["recipe"])}`
 '''
 
 # %% ../nbs/15_train.ipynb #b6e4e0af
+def check_spec(
+    spec:dict,   # a run.json
+    path:Path,   # where it was read
+):
+    "Refuse what this version could not have written, in one line"
+    def bad(what): return ValueError(f'{path}: {what}; this is no run of nanowhale {__version__}')
+    try: Recipe(**spec['recipe'])
+    except (ValueError, TypeError, KeyError) as e: raise bad(first_line(e)) from None
+    if not isinstance(spec.get('preset'), str): raise bad('it names no preset')
+    if not (type(spec.get('seed')) is int and 0<=spec['seed']<2**63): raise bad('it has no seed')
+
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
     spec:dict,      # run.json of a new run
+    claim:Claim,    # on the folder of an old one
 ) -> tuple[dict, Path|None]:  # run.json, and the checkpoint to go on from
     "Open a run's folder: a new one must be free, an old one is read and its metrics are cut to its checkpoint"
     out = Path(out)
     if not resume: free_folder(out); return spec, None
+    if out.is_dir(): claim.take(out)
     spec,last = read_run(out)
-    step = read_json(last/'trainer'/'state.json')['step'] if last else 0
+    step = read_state(last)['step'] if last else 0
+    check_spec(spec, out/'run.json')
     if step>=spec['recipe']['steps'] and (out/'README.md').exists(): raise ValueError(f'{out} has done all its {step} steps: nothing to go on with')
     drop_metrics(out/'metrics.jsonl', step)
     return spec, last
@@ -394,11 +413,11 @@ def train(
     named = recipe or ('chat' if changes.get('chat') else 'whale')
     spec = dict(preset=preset, recipe=asdict(get_recipe(preset, named, **changes)), seed=seed, version=__version__)
     device = local_device(pick_device(device))
-    with ranks(device):
-        spec,last = from_first(lambda: begin(out, resume, spec))
+    with ranks(device), Claim() as claim:
+        spec,last = from_first(lambda: begin(out, resume, spec, claim))
         run = RUNS['chat' if spec['recipe'].get('chat') else 'text'](Path(out), spec, last, device, tensorboard)
         try:
-            from_first(lambda: run.found(spec))
+            from_first(lambda: run.found(spec, claim))
             if rank()==0: print(f'{run.whale.n_params():,} parameters, {hardware(device)}, {run.recipe.steps*run.recipe.targets:,} targets of '
                 f'{run.recipe.source or "the English that ships with Python"}', file=sys.stderr)
             run.go()

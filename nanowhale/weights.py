@@ -64,7 +64,7 @@ def read_file(
             if meta: return {k: torch.empty(t.get_shape(), dtype=DTYPES[t.get_dtype()], device='meta') for k,t in parts.items()}
             return {k: f.get_tensor(k).clone() for k in parts}     # aligned memory: the same weights, the same bits
     except (SafetensorError, RuntimeError, OverflowError, TypeError, MemoryError) as e:
-        raise ValueError(f'{path}: not a complete safetensors file ({str(e).splitlines()[0]}); {AGAIN}') from None
+        raise ValueError(f'{path}: not a complete safetensors file ({str(e).splitlines()[0]:.200}); {AGAIN}') from None
 
 # %% ../nbs/08_weights.ipynb #0d0aaa86
 def read_config(
