@@ -100,8 +100,8 @@ def compare(seed, draw=0):
     logits,loss,grads = errors(ours, theirs)
     logits64,loss64,grads64 = errors(ours64, theirs64)
     sharp = {n: e for n,e in grads.items() if n not in noisy}
-    worst,worst64 = max(sharp, key=sharp.get),max(grads64, key=grads64.get)
-    return dict(seed=seed, cfg=cfg, B=B, T=T, logits=logits, loss=loss, grads=sharp[worst], logits64=logits64, loss64=loss64,
+    worst,worst64 = max(sharp, key=sharp.get, default=None),max(grads64, key=grads64.get)   # None: float32 has lost every gradient of this draw
+    return dict(seed=seed, cfg=cfg, B=B, T=T, logits=logits, loss=loss, grads=sharp.get(worst, float('inf')), logits64=logits64, loss64=loss64,
                 grads64=grads64[worst64], worst=dict(grads=worst, grads64=worst64), n_grads=len(grads), n_noisy=len(set(grads) & noisy))
 
 def beyond(got): return [k for k,limit in LIMITS.items() if not got[k]<=limit]
