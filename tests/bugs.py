@@ -473,9 +473,8 @@ def _(m, real=mla.attend): everywhere(m, real, lambda q, kv, sinks, mask: real(q
 @bug(4, 'sink made a token with a value', attention_is_the_equation)
 def _(m):
     def with_value(q, kv, sinks, mask):   # what the sink takes comes back as the mean of the values
-        o = real(q, kv, sinks, mask)
-        share = 1-real(q, torch.cat([kv, torch.ones_like(kv[...,:1])], -1)[...,-1:].expand_as(kv), sinks, mask)[...,:1]
-        return o+share*kv.mean(1)[:,None,None]
+        o,lse = real(q, kv, sinks, mask, lse=True)
+        return o+(sinks-lse).exp()[...,None]*kv.mean(1)[:,None,None]
     real = mla.attend
     everywhere(m, real, with_value)
 
