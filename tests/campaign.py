@@ -275,7 +275,8 @@ def main():
         kept = json.loads(path.read_text()) if path.exists() else {}
         if a.only!=[''] and 'faults' in kept:
             was = kept['faults']
-            result.update(table=was['table']|table, lost=[l for l in was['lost'] if l['kind'] not in table]+lost, minutes=round(was['minutes']+result['minutes'], 1))
+            result.update(table=was['table']|table, lost=[l for l in was['lost'] if l['kind'] not in table]+lost,
+                minutes=round(was['minutes']+result['minutes'], 1))
         path.write_text(json.dumps(kept|dict(faults=result), indent=1)+'\n')
     sys.exit(bool(lost))
 
