@@ -2,7 +2,7 @@
 
     python tests/campaign.py                              the table, in about ten minutes on one core
     python tests/campaign.py --out results/trust.json     the same, kept
-    python tests/campaign.py --only truncated clock       some kinds
+    python tests/campaign.py --only truncated clock       some kinds; with --out the others' rows stay
 
 A run counts as survived when it ended as it should (done, stopped, or one line that says what to do), when every checkpoint that has
 its name can be loaded, and when `--resume`, after mending what the line says, ends with the bits of a run that nothing happened to.
@@ -272,7 +272,12 @@ def main():
         minutes=round((time.monotonic()-began)/60, 1), table=table, lost=lost)
     if a.out:
         path = Path(a.out)
-        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {})|dict(faults=result), indent=1)+'\n')
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if a.only!=[''] and 'faults' in kept:
+            was = kept['faults']
+            result.update(table=was['table']|table, lost=[l for l in was['lost'] if l['kind'] not in table]+lost,
+                minutes=round(was['minutes']+result['minutes'], 1))
+        path.write_text(json.dumps(kept|dict(faults=result), indent=1)+'\n')
     sys.exit(bool(lost))
 
 if __name__=='__main__': main()

@@ -14,7 +14,8 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 TESTS = dict(   # module -> its tests, the quickest first
-    config='config compress properties', rope='rope properties compress', mla='mla block properties', compress='compress properties', moe='moe properties', hyper='hyper bugs', block='block',
+    config='config compress properties', rope='rope properties compress', mla='mla block properties', compress='compress properties',
+    moe='moe properties', hyper='hyper bugs', block='block',
     mtp='mtp bugs', weights='weights', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
     parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
@@ -131,7 +132,10 @@ MUTANTS = [   # module, old text, new text
     ('checkpoint', "for f in (*tmp.rglob('*'), tmp): sync(f)", "for f in (*tmp.rglob('*'), tmp): f.stat()"),
     ('checkpoint', "if m['step']<step]", "if m['step']<=step]"),
     ('checkpoint', 'checkpoints(out)[:-keep]', 'checkpoints(out)[:-keep-1]'),
-    ('checkpoint', "if l.endswith('\\n')]", 'if l]'),
+    ('checkpoint', "while (line := f.readline(MAX_LINE)).endswith('\\n'):", 'while line := f.readline(MAX_LINE):'),
+    ('checkpoint', 'fcntl.LOCK_EX|fcntl.LOCK_NB', 'fcntl.LOCK_SH|fcntl.LOCK_NB'),
+    ('checkpoint', 'v.ndim and v.shape!=p.shape', 'False'),
+    ('train', 'claim.take(self.out); free_folder(self.out)', 'claim.take(self.out)'),
     ('checkpoint', '128+signum', '127+signum'),
     ('step', 'falling = step>=max(', 'falling = step>max('),
     ('step', 'norm = math.hypot(*norms.values())', 'norm = sum(norms.values())'),

@@ -6,9 +6,10 @@
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest
-from nanowhale.checkpoint import atomic_folder, checkpoints, drop_metrics, link, prune, read_metrics
+from nanowhale.checkpoint import Claim, atomic_folder, checkpoints, drop_metrics, link, prune, read_metrics
 from nanowhale.model import Whale
-from runs import DOOR, FAST, SMALL, fingerprint, jsonl, last_line, nanowhale, provenance, start, texts
+from nanowhale.weights import atomic
+from runs import DOOR, FAST, SMALL, environment, fingerprint, jsonl, last_line, nanowhale, provenance, start, texts
 
 STEPS = 6
 def options(ahead=0): return ['train', '--data', 'words.jsonl', '--steps', STEPS, '--evals', STEPS, '--buffer', 150, '--ahead', ahead, *SMALL]
@@ -188,6 +189,31 @@ def test_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'link', none)
     link(a, b)
     assert b.read_text()=='new' and b.stat().st_ino!=a.stat().st_ino and sorted(os.listdir(tmp_path))==['a', 'b']
+
+def test_a_name_comes_after_the_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    "What a power cut leaves: each file of a new folder is forced to the disk before the folder has its name, and so is a replaced file"
+    done,real = [],(os.fsync, os.replace)
+    def fsync(f): done.append(os.path.basename(os.readlink(f'/proc/self/fd/{f}')) if sys.platform=='linux' else 'x'); real[0](f)
+    def replace(a, b): done.append(f'-> {os.path.basename(b)}'); real[1](a, b)
+    monkeypatch.setattr(os, 'fsync', fsync); monkeypatch.setattr(os, 'replace', replace)
+    with atomic_folder(tmp_path/'a') as f: (f/'x').write_text('1'); (f/'y').write_text('2')
+    assert len(done)==5 and done[3]=='-> a'                          # x, y and their folder; the name; the folder that holds the name
+    done.clear()
+    with atomic(tmp_path/'z') as tmp: tmp.write_text('3')
+    assert len(done)==2 and done[1]=='-> z'
+
+# ---------------------------------------------------------------- one run at a time
+
+HOLD = 'import sys, time; from nanowhale.checkpoint import Claim; c = Claim(); c.take(sys.argv[1]); print("held", flush=True); time.sleep(600)'
+
+@pytest.mark.skipif(os.name!='posix', reason='locks of POSIX')
+def test_a_claim_ends_with_its_process(tmp_path):
+    p = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline()=='held\n'
+    with Claim() as c, pytest.raises(FileExistsError, match='another run is at work') as e: c.take(tmp_path)
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
+    p.kill(); p.wait()
+    with Claim() as c: c.take(tmp_path)
 
 # ---------------------------------------------------------------- a disk that is full, a folder that is read-only
 

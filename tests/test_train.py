@@ -1,5 +1,5 @@
 """The whole job: gradients however batches are cut, exact resume, and a folder that transformers can use"""
-import json, signal
+import json, shutil, signal
 from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
@@ -159,6 +159,28 @@ def test_nothing_is_overwritten(run, text):
     with pytest.raises(FileExistsError, match='already holds a run'): T.train(data=str(text), out=str(out), steps=1)
     with pytest.raises(ValueError, match='nothing to go on with'): T.train(out=str(out), resume=True)
     assert before=={f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
+
+def test_two_runs_do_not_share_a_folder(run, text, tmp_path, monkeypatch):
+    "Neither a resumed one nor a new one, nor one that began earlier and got its first rows later"
+    old,new = tmp_path/'old',tmp_path/'new'
+    shutil.copytree(run[0], old); (old/'README.md').unlink(); new.mkdir()
+    with T.Claim() as a, T.Claim() as b:
+        a.take(old); b.take(new)
+        with pytest.raises(FileExistsError, match='another run is at work'): T.train(out=str(old), resume=True)
+        with pytest.raises(FileExistsError, match='another run is at work'): T.train(data=str(text), out=str(new), steps=1, **SMALL)
+        assert not list(new.iterdir())
+    real = T.Claim.take
+    def late(self, out): (out/'run.json').write_text('{}'); real(self, out)
+    monkeypatch.setattr(T.Claim, 'take', late)
+    with pytest.raises(FileExistsError, match='already holds a run'): T.train(data=str(text), out=str(new), steps=1, **SMALL)
+    assert (new/'run.json').read_text()=='{}'
+
+def test_the_best_step_is_noted(run):
+    held = {m['step']+1: m['held_out_loss'] for m in T.read_metrics(run[0]/'metrics.jsonl') if 'held_out_loss' in m}
+    step = min(held, key=held.get)
+    assert json.loads((run[0]/'checkpoints/step-00000006/trainer/state.json').read_text())['best']==[step, held[step]]
+
+def test_rows_of_an_evaluation(): assert [T.eval_batch(V, n) for V,n in ((300, 32), (2**17, 2**9), (2**17, 2**20))]==[16, 4, 1]
 
 def test_a_tokenizer_that_does_not_fit(run, text, tmp_path):
     recipe = Recipe(data=str(text), tokenizer=str(run[0]))
