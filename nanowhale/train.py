@@ -158,7 +158,9 @@ class Log:
         self.flops,peak = 3*sum(count_flops(cfg, recipe.context).values()),peak_flops(hardware(device))
         self.peak,self.first,self.board,self.clock = peak and peak*n_ranks(),rank()==0,None,time.perf_counter()
         self.bar = tqdm(total=recipe.steps, initial=start, unit='step', disable=not self.first)
-        if tensorboard and self.first: self.board = open_board(out/'tensorboard')
+        self.wants_board = tensorboard and self.first
+
+    def begin(self): self.board = open_board(self.out/'tensorboard') if self.wants_board else None   # its folder is ours now
 
     def step(self,
         m:dict,           # metrics of a step; speed and memory are added
@@ -236,6 +238,7 @@ class Run:
         if self.stream.block is None: self.stream.block = self.stream.next_block()
         self.out.mkdir(parents=True, exist_ok=True)
         if not claim.folder: claim.take(self.out); free_folder(self.out)   # a new run: nobody may have come first
+        self.log.begin()
         write_json(self.out/'run.json', spec)
 
     def rows(self): return {k: v.to(self.device) for k,v in from_first(lambda: self.stream.take(self.recipe.rows)).items()}
