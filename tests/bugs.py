@@ -663,8 +663,8 @@ def _(m):
 @bug(12, 'gradients of small batches summed, not averaged', accumulation_changes_nothing)
 def _(m):
     real = step.add_gradients
-    def summed(whale, rows, size, *weights):
-        for i in range(0, len(rows['docs']), size): out = real(whale, {k: v[i:i+size] for k,v in rows.items()}, size, *weights)
+    def summed(whale, rows, size, *weights, **kw):
+        for i in range(0, len(rows['docs']), size): out = real(whale, {k: v[i:i+size] for k,v in rows.items()}, size, *weights, **kw)
         return out
     everywhere(m, real, summed)
 
