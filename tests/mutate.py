@@ -3,6 +3,7 @@
     python tests/mutate.py                                    the table, and the mistakes that nothing notices
     python tests/mutate.py --out results/mutation.json        the same, kept
     python tests/mutate.py --only moe optim                   those of some modules; with --out the others' rows stay
+    python tests/mutate.py --out results/mutation.json --again    after a new test: those that nothing noticed, or that are new
 
 A mistake is a line of `MUTANTS`: module, old text, new text. It is made in a copy of the package in a temporary folder, never in
 the checkout. Then the tests of that module run until one fails; if none does, all others of `REST`. `tests/test_project.py` is left
@@ -15,8 +16,8 @@ from runs import ROOT, provenance
 
 TESTS = dict(   # module -> its tests, the quickest first
     config='config compress properties', rope='rope properties compress', mla='mla block properties', compress='compress properties',
-    moe='moe properties', hyper='hyper bugs', block='block',
-    mtp='mtp bugs', weights='weights', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
+    moe='moe properties', hyper='hyper properties bugs', block='block',
+    mtp='mtp bugs', weights='weights checkpoint', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
     parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
 REST = 'bugs properties model compress block mtp weights parity generate step evaluate train speculative chat checkpoint'
@@ -215,6 +216,8 @@ def load():
     from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedTokenizerFast   # noqa: F401
     torch.set_num_threads(1)
 
+def noticed_in(path): return {(r['module'], r['old'], r['new']) for r in json.loads(path.read_text())['mutants'] if r['by']} if path.exists() else set()
+
 def keep(path, rows):
     "Write the table; rows of other mistakes that are still in the list stay"
     known = {m: dict() for m in MUTANTS}
@@ -228,11 +231,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--only', nargs='*', default=list(TESTS), help='modules whose mistakes to plant')
     p.add_argument('--out', help='a JSON file for the table')
+    p.add_argument('--again', action='store_true', help='only those that have no row in the table yet, or that nothing noticed')
     p.add_argument('--own', action='store_true', help="only the module's own tests, not the rest of the suite: a first look")
     p.add_argument('--limit', type=int, default=300, help='seconds that the tests of a module may compute')
     a = p.parse_args()
     load()
-    chosen,rows = [m for m in MUTANTS if m[0] in a.only],[]
+    done = noticed_in(Path(a.out)) if a.again else set()
+    chosen,rows = [m for m in MUTANTS if m[0] in a.only and m not in done],[]
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d)
         for part in ('nanowhale', 'tests', 'results'): shutil.copytree(ROOT/part, copy/part, ignore=shutil.ignore_patterns('__pycache__'))

@@ -194,6 +194,17 @@ def test_mixes_are_nearly_doubly_stochastic(seed, N, iters, size):
     z = numbers(seed, 3, N, N)*size
     same(hyper.sinkhorn(z[:,:,p], iters), m[:,:,p], 1e-7)                      # targets have no order
 
+def test_two_floors_are_two():
+    "One belongs to the norm of the streams, the other to the mixes; by default they are equal, and nobody would notice"
+    torch.manual_seed(0)
+    hc,X = hyper.HyperConnection(edge(rms_norm_eps=0.5, hc_eps=1e-3)).double(),numbers(0, 2, 3, 4, 16)
+    x = X.flatten(-2)
+    want = x@hc.fn.T*(x.pow(2).mean(-1, keepdim=True)+0.5).rsqrt()
+    pre,post,comb = hc.logits(X)
+    same(torch.cat([pre, post, comb.flatten(-2)], -1), want)
+    pre,post,comb = hc(X)
+    same(pre, want[...,:4].sigmoid()+1e-3); assert (1e-4<1-comb.sum(-2)).all() and (1-comb.sum(-2)<1e-2).all()
+
 @examples(8)
 @given(seeds, st.integers(1, 4), st.integers(1, 6))
 def test_sinkhorn_gradient(seed, N, iters):
