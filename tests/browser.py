@@ -1,5 +1,5 @@
 """A real browser for the tests: headless Chromium, driven by its own DevTools protocol. It notes all that pages ask for and complain about"""
-import base64, json, os, shutil, subprocess, tempfile, threading, time, urllib.request
+import base64, json, os, re, shutil, subprocess, tempfile, threading, time, urllib.request
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +26,8 @@ class Browser:
     def __init__(self, wait=120):
         import websocket
         self.home,self.n,self.asked,self.complaints = tempfile.TemporaryDirectory(ignore_cleanup_errors=True),0,[],[]
-        self.process = subprocess.Popen([chromium(), *QUIET, f'--user-data-dir={self.home.name}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [chromium(), *QUIET, f'--user-data-dir={self.home.name}', 'about:blank']
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         port = self.until(lambda: (f := Path(self.home.name)/'DevToolsActivePort').exists() and f.read_text().split('\n')[0], wait)
         tabs = json.loads(urllib.request.urlopen(f'http://127.0.0.1:{port}/json', timeout=wait).read())
         self.socket = websocket.create_connection(next(t for t in tabs if t['type']=='page')['webSocketDebuggerUrl'], timeout=wait)
@@ -45,7 +46,8 @@ class Browser:
         kind,p = event.get('method'),event.get('params', {})
         if kind=='Network.requestWillBeSent': self.asked.append(p['request']['url'])
         elif kind=='Network.loadingFailed' and not p.get('canceled'): self.complaints.append(p['errorText'])
-        elif kind=='Runtime.exceptionThrown': self.complaints.append(p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text']))
+        elif kind=='Runtime.exceptionThrown':
+            self.complaints.append(p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text']))
         elif kind=='Runtime.consoleAPICalled' and p['type'] in ('error', 'assert'): self.complaints.append(str([a.get('value') for a in p['args']]))
         elif kind=='Log.entryAdded' and p['entry']['level']=='error': self.complaints.append(p['entry']['text']+' '+p['entry'].get('url', ''))
         return kind
@@ -65,7 +67,8 @@ class Browser:
         self.call('Page.navigate', url='about:blank')
         self.asked,self.complaints = [],[]
         self.call('Page.navigate', url=url)
-        self.until(lambda: self.js(f'location.href!="about:blank" && document.readyState=="complete" && {json.dumps(url.split("#")[0].split("?")[0])}==location.href.split("#")[0].split("?")[0]'))
+        there = json.dumps(re.split('[#?]', url)[0])
+        self.until(lambda: self.js(f'document.readyState=="complete" && location.href.split(/[#?]/)[0]=={there}'))
         self.js('window.MathJax?.startup?.promise')
         return self
 
