@@ -212,15 +212,14 @@ def bench(
     keep_freed_memory()
     device,size,T = pick_device(device),(batch_size,context),context
     bf16,args = dtype=='bf16',(repeats, device)
+    memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, dtype) for name in ('nanowhale', 'transformers')}
     sides = make_sides(preset, device, T)
-    cfg = sides['nanowhale'].cfg
-    names,prompt,top = list(sides),min(128, T),ceilings(device)
+    cfg,prompt,top = sides['nanowhale'].cfg,min(128, T),ceilings(device)
     losses,train = measure_training(sides, *size, dtype, *args)
     _,train['nanowhale with MTP'] = (d['nanowhale'] for d in measure_training(make_sides(preset, device, T, mtp=True), *size, dtype, *args))
     sides = make_sides(preset, device, T, dtype=torch.bfloat16 if bf16 else torch.float32)
     prefill,decode = measure_writing(sides, T, prompt, tokens, *args)
     del sides
-    memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, dtype) for name in names}
     work = lambda c: sum(count_flops(c, T).values())
     head,mtp = 2*cfg.hidden_size*cfg.vocab_size,replace(cfg, num_nextn_predict_layers=1)
     share = dict(training={k: 3*work(mtp if 'MTP' in k else cfg)*v/top[dtype] for k,v in train.items()},
