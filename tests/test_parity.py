@@ -103,7 +103,8 @@ def compare(seed, draw=0):
     rounding = (theirs[0].double()-theirs64[0]).abs().max().item()/max(1, theirs64[0].abs().max().item())
     worst,worst64 = max(sharp, key=sharp.get, default=None),max(grads64, key=grads64.get)
     return dict(seed=seed, cfg=cfg, B=B, T=T, rounding=rounding, logits=logits, loss=loss, grads=sharp.get(worst, float('inf')),
-                logits64=logits64, loss64=loss64, grads64=grads64[worst64], worst=dict(grads=worst, grads64=worst64), n_grads=len(grads), n_noisy=len(set(grads) & noisy))
+                logits64=logits64, loss64=loss64, grads64=grads64[worst64],
+                worst=dict(grads=worst, grads64=worst64), n_grads=len(grads), n_noisy=len(set(grads) & noisy))
 
 def beyond(got):
     "The limits that a comparison broke; logits may be off by what float32 costs transformers itself with these weights, against its own float64"
