@@ -82,8 +82,9 @@ def test_a_lost_process(alone):
     folder,_ = alone
     out = folder/'lost'
     p = begin(2, *options(400), '--evals', 100, '--out', out, cwd=folder)
-    end = time.monotonic()+120
-    while not checkpoints(out) and time.monotonic()<end: time.sleep(0.1)
+    end = time.monotonic()+300
+    while not checkpoints(out) and p.poll() is None and time.monotonic()<end: time.sleep(0.1)
+    assert p.poll() is None, p.communicate()[1][-3000:]
     os.kill(children(p.pid)[-1], signal.SIGKILL)
     err = p.communicate(timeout=120)[1]
     said = [l for l in err.replace('\r', '\n').split('\n') if l.startswith('nanowhale: ')]

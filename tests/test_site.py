@@ -1,5 +1,5 @@
 """The site: what its builder makes of notebooks and modules; and, slow, every page of _site/ in a real browser"""
-import ast, json, re, shutil, subprocess, sys
+import ast, importlib.util, json, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'nbs/site'))
-import api, browser, build  # noqa: E402
+import api, browser  # noqa: E402
+spec = importlib.util.spec_from_file_location('site_build', ROOT/'nbs/site/build.py')   # `build` is another package's name, too
+build = importlib.util.module_from_spec(spec); spec.loader.exec_module(build)
 
 NOTEBOOKS = [ROOT/'nbs/index.ipynb', *build.chapters()]
 

@@ -62,7 +62,9 @@ def definitions(tree):
                     if isinstance(t, ast.Name): out[t.id] = n.lineno,n.end_lineno
     return out
 
-def sections(nb, slug):
+def slug(heading): return re.sub(r'[^\w\- ]', '', heading.replace('`', '').lower()).strip().replace(' ', '-')
+
+def sections(nb):
     "Name that a chapter's exported cells define -> anchor of the section it stands in"
     where,out = '',{}
     for c in nb['cells']:
@@ -85,11 +87,10 @@ def members(cls, lines):
 
 def page(module, lesson, root, git):
     "The reference page of one module"
-    from build import slug
     mod,file = importlib.import_module(f'nanowhale.{module}'),f'nanowhale/{module}.py'
     code = (root/file).read_text(encoding='utf-8')
     lines,chapter,heading,nb = definitions(ast.parse(code)),*lesson
-    taught,text = sections(nb, slug),code.splitlines()
+    taught,text = sections(nb),code.splitlines()
     def entry(name, obj, level):
         at,end = lines[name]
         links = [f'[source]({git}/blob/main/{file}#L{at})']

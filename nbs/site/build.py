@@ -50,7 +50,6 @@ def stamp():
 def read(path): return json.loads(path.read_text(encoding='utf-8'))
 def source(cell): return ''.join(cell['source'])
 def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
-def slug(heading): return re.sub(r'[^\w\- ]', '', heading.replace('`', '').lower()).strip().replace(' ', '-')
 
 def with_install(nb):
     "A copy of a notebook that can be opened anywhere: its first code cell fetches the course if this is Colab"
