@@ -95,12 +95,13 @@ def grouped(
     return F.grouped_mm(swiglu(*h.chunk(2, -1), limit), half(down).mT, offs=ends)
 
 def in_bf16(
-    x:Tensor,  # jobs
+    x:Tensor,    # [J,D] jobs
+    down:Tensor, # [E,D,I] narrowing matrices
 )->bool:
-    "Will the products of `x` be in bfloat16, and is there a kernel for groups of them?"
+    "Will the products of `x` be in bfloat16, and is there a kernel for groups of them, which wants rows of whole 16 bytes?"
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype==torch.bfloat16 and hasattr(F, 'grouped_mm') and x.shape[-1]%8==0
+    return dtype==torch.bfloat16 and hasattr(F, 'grouped_mm') and not any(n%8 for n in down.shape[-2:])
 
 # %% ../nbs/04_moe.ipynb #0eb6c755
 def dispatch(
@@ -114,7 +115,7 @@ def dispatch(
     "The chosen experts' weighted sum: jobs sorted by expert, one matrix product per expert and matrix"
     order = idx.flatten().argsort(stable=True)
     token = order//idx.shape[1]
-    experts = grouped if x.is_cuda and in_bf16(x) else one_by_one
+    experts = grouped if x.is_cuda and in_bf16(x, down) else one_by_one
     y = experts(x[token], expert_load(idx, len(down)), gate_up, down, limit)
     y = y*w.flatten()[order,None]
     return torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y).to(x.dtype)
