@@ -212,6 +212,7 @@ def generate(
     seed:int=None,                     # the same seed gives the same text; None: torch's global randomness
     use_cache:bool=True,               # False: run the whole text for each token, to the same result
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
+    decoder=None,                      # who takes over once the prompt is read, e.g. `Decoder` of the next chapter; None: nobody
 ) -> Tensor:                           # [B,T+n]
     "Prompt and continuation, token by token; ended rows are filled with padding"
     rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
@@ -219,8 +220,11 @@ def generate(
     with evaluating(whale):
         rows,cache = Rows(whale, input_ids, attention_mask, eos_token_id, on_token),Cache(whale.cfg) if use_cache else None
         generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(seed)
+        most,step = rows.ids.shape[1]+max_new_tokens,None
         for _ in range(max_new_tokens):
-            logits = _finite(next_logits(whale, rows.ids, rows.docs, cache), rows.ids.shape[1])
+            if decoder and cache and cache.length: step = step or decoder(whale, cache, most, rows.docs)
+            logits = step(rows.ids[:,-1:]) if step else next_logits(whale, rows.ids, rows.docs, cache)
+            logits = _finite(logits, rows.ids.shape[1])
             logits = warp(logits, rows.seen, **rules)
             rows.add(logits.argmax(-1) if temperature==0 else draw(logits, generator))
             if rows.done.all(): break

@@ -283,7 +283,7 @@ class Whale(Portable, nn.Module):
         kept = {n: t.data for n,t in tensors() if FLOAT32.search(n)}
         super()._apply(fn, recurse)
         for n,t in tensors():
-            if n in kept and t.dtype.itemsize<kept[n].dtype.itemsize: t.data = kept[n].to(t.device)
+            if n in kept and t.dtype.itemsize<min(4, kept[n].dtype.itemsize): t.data = kept[n].to(t.device, torch.float32)
         return self
 
     def n_params(self,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'sqrt_softplus', 'gate_weights', 'route', 'swiglu', 'expert_load', 'fill', 'one_by_one', 'grouped',
-           'in_bf16', 'dispatch', 'bias_step', 'balance_loss', 'Router', 'hash_table', 'HashRouter', 'Experts',
-           'SharedExpert', 'Routing', 'MoE']
+           'job_by_job', 'in_bf16', 'dispatch', 'bias_step', 'balance_loss', 'Router', 'hash_table', 'HashRouter',
+           'Experts', 'SharedExpert', 'Routing', 'MoE']
 
 # %% ../nbs/04_moe.ipynb #adc3276e
 import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from typing import NamedTuple
-from .linear import Linear, linear
+from .linear import Linear, linear, sums
 from .rope import upcast
 
 # %% ../nbs/04_moe.ipynb #f7a945c5
@@ -70,6 +70,7 @@ def fill(
     "Rows of zeros up to the next multiple of `step`: a processor's kernels are made anew for every shape they have not met"
     return F.pad(x, (0,0,0,-len(x)%step)) if len(x)>step and x.device.type=='cpu' else x
 
+@torch.compiler.disable     # its shapes follow the loads, which only the tensors know
 def one_by_one(
     x:Tensor,       # [J,D] jobs, sorted by expert
     load:Tensor,    # [E] how many each has
@@ -94,6 +95,16 @@ def grouped(
     h = F.grouped_mm(half(x), half(gate_up).mT, offs=ends)
     return F.grouped_mm(swiglu(*h.chunk(2, -1), limit), half(down).mT, offs=ends)
 
+def job_by_job(
+    x:Tensor,       # [J,D] jobs in any order
+    expert:Tensor,  # [J] the expert of each
+    gate_up:Tensor, # as in `one_by_one`
+    down:Tensor,
+    limit:float,
+)->Tensor:          # [J,D]
+    "Every job reads its expert's matrices for itself: for a few jobs in a compiled step, where no copy of them is made"
+    return sums(swiglu(*sums(x, gate_up[expert]).chunk(2, -1), limit), down[expert])
+
 def in_bf16(
     x:Tensor,    # [J,D] jobs
     down:Tensor, # [E,D,I] narrowing matrices
@@ -113,6 +124,9 @@ def dispatch(
     limit:float,
 )->Tensor:          # [M,D]
     "The chosen experts' weighted sum: jobs sorted by expert, one matrix product per expert and matrix"
+    if torch.compiler.is_compiling() and idx.numel()<=2*len(down):
+        y = job_by_job(x.repeat_interleave(idx.shape[1], 0), idx.flatten(), gate_up, down, limit)
+        return (y.view(*idx.shape, -1)*w[...,None]).sum(1).to(x.dtype)
     order = idx.flatten().argsort(stable=True)
     token = order//idx.shape[1]
     experts = grouped if x.is_cuda and in_bf16(x, down) else one_by_one

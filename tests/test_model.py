@@ -505,3 +505,11 @@ def test_a_step_is_one_graph_for_the_compiler(packed, monkeypatch):
     docs = (torch.arange(100)>60).long().expand(2, -1) if packed else None
     seen = torch._dynamo.explain(whale)(ids, labels=ids, docs=docs)
     assert (seen.graph_count, seen.graph_break_count)==(1, 0), seen.break_reasons
+
+def test_from_double_and_back():
+    whale,ids = random_whale(),random_ids(2, 9)
+    want = whale(ids).logits
+    whale = whale.double()
+    assert {p.dtype for p in whale.parameters()}=={torch.float64}
+    whale = whale.float()
+    assert {p.dtype for p in whale.parameters()}=={torch.float32} and whale(ids).logits.equal(want)

@@ -1,0 +1,121 @@
+"""A step as one graph: the same logits as the ordinary step, for every window, batch, padding and type, compiled and not"""
+import shutil
+from dataclasses import replace
+import pytest, torch
+from torch.testing import assert_close
+from nanowhale import graph, linear, moe
+from nanowhale.config import WhaleConfig, tiny, tiny_v4
+from nanowhale.generate import evaluating, generate, left_pad, next_logits
+from nanowhale.graph import Decoder, one_step
+from nanowhale.model import Cache, Whale
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
+
+def small(window=9, layers=2, **changes):
+    "A whale of odd sizes whose weights are large enough for every part to matter"
+    torch.manual_seed(window)
+    return Whale(replace(tiny(), vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0, initializer_range=0.2, **changes)).double()
+
+def logits(whale, ids, docs=None, prompt=3, decoder=None):
+    "[B,T-prompt+1,V] with the ordinary step, or with a decoder after the prompt"
+    with evaluating(whale):
+        past = Cache(whale.cfg)
+        out = [next_logits(whale, ids[:,:prompt], None if docs is None else docs[:,:prompt], past)]
+        step = decoder(whale, past, ids.shape[1], None if docs is None else docs[:,:prompt]) if decoder else None
+        for t in range(prompt, ids.shape[1]):
+            out.append(step(ids[:,t:t+1]) if step else next_logits(whale, ids[:,:t+1], None if docs is None else docs[:,:t+1], past))
+    return torch.stack(out, 1)
+
+def plain(*args): return Decoder(*args, compile=False)
+
+@pytest.mark.parametrize('window', [1, 2, 9, 40])
+@pytest.mark.parametrize('prompt', [1, 3, 9, 20])
+@pytest.mark.parametrize('B', [1, 3])
+def test_the_step_with_fixed_shapes(window, prompt, B):
+    whale,ids = small(window),torch.randint(97, (B,31))
+    assert_close(logits(whale, ids, prompt=prompt, decoder=plain), logits(whale, ids, prompt=prompt), atol=1e-10, rtol=1e-8)
+
+@pytest.mark.parametrize('least', [1, 8, 256])
+def test_rings_shorter_than_the_window(least, monkeypatch):
+    monkeypatch.setattr(graph, 'LEAST', least)
+    whale,ids = small(64),torch.randint(97, (2,33))
+    assert_close(logits(whale, ids, decoder=plain), logits(whale, ids), atol=1e-10, rtol=1e-8)
+
+def test_padding_is_not_seen():
+    whale = small(9)
+    ids,mask = left_pad([torch.randint(97, (n,)).tolist() for n in (8, 3, 1)])
+    ask = dict(temperature=0, attention_mask=mask, eos_token_id=None)
+    assert generate(whale, ids, 25, **ask, decoder=plain).equal(generate(whale, ids, 25, **ask))
+
+def test_hash_layers_and_the_first_whales_streams():
+    for changes in (dict(mlp_layer_types=('hash_moe', 'moe')), dict(hc_transposed=True)):
+        whale,ids = small(**changes),torch.randint(97, (2,20))
+        assert_close(logits(whale, ids, decoder=plain), logits(whale, ids), atol=1e-10, rtol=1e-8)
+
+def test_what_was_read_is_left_alone():
+    whale,ids = small(),torch.randint(97, (1,12))
+    with evaluating(whale):
+        past = Cache(whale.cfg)
+        next_logits(whale, ids, cache=past)
+        kept = [ring.kv.clone() for ring in past.layers]
+        step = plain(whale, past, 20)
+        for t in range(3): step(torch.tensor([[t]]))
+        assert past.length==12 and all(a.equal(ring.kv) for a,ring in zip(kept, past.layers))
+
+def test_what_it_cannot_do_is_said(monkeypatch):
+    monkeypatch.setattr(graph, 'LEAST', 4)
+    ids = torch.randint(97, (1,12))
+    for whale,past,says in ((Whale(replace(tiny_v4(), vocab_size=97)), {}, 'plain windows'), (small(), dict(spare=2), 'plain windows')):
+        with evaluating(whale):
+            past = Cache(whale.cfg, **past)
+            next_logits(whale, ids, cache=past)
+            with pytest.raises(ValueError, match=says): plain(whale, past, 20)
+    whale = small(64)
+    with pytest.raises(ValueError, match='made for 16 tokens'):
+        with evaluating(whale):
+            past = Cache(whale.cfg)
+            next_logits(whale, ids, cache=past)
+            step = plain(whale, past, 16)
+            for t in range(5): step(ids[:,:1])
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
+    graph.compiled.cache_clear()
+    with pytest.raises(ValueError, match='C\\+\\+ compiler'): graph.compiled('cpu')
+
+# ---------------------------------------------------------------- compiled
+
+@pytest.mark.parametrize('B', [1, 2])
+def test_one_graph(B):
+    "Nothing in the step makes the compiler give up and go back to Python"
+    whale = small()
+    with torch.inference_mode():
+        seen = torch._dynamo.explain(one_step)(whale, torch.zeros(B, 1, dtype=torch.long), torch.tensor([4]), torch.zeros(B, dtype=torch.long),
+            [torch.zeros(B, 9, whale.cfg.head_dim, dtype=torch.float64) for _ in whale.model.layers])
+    assert (seen.graph_count, seen.graph_break_count)==(1, 0), seen.break_reasons
+
+@needs_compiler
+@pytest.mark.parametrize('B,dtype', [(1, torch.float32), (2, torch.bfloat16)])
+def test_compiled(B, dtype):
+    torch._dynamo.reset(); graph.compiled.cache_clear()
+    whale,ids = small(layers=1, hc_sinkhorn_iters=2),torch.randint(97, (B,24))
+    exact = logits(whale, ids).float()
+    whale = whale.float().to(dtype)
+    got = logits(whale, ids, decoder=Decoder)
+    if dtype==torch.float32: assert_close(got, exact, atol=1e-4, rtol=1e-4)
+    else: assert (got-exact).abs().mean()<=1.1*(logits(whale, ids)-exact).abs().mean()      # no worse than the ordinary step's own rounding
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_sums(dtype):
+    x,W,each = torch.randn(3, 5, 40, dtype=dtype),torch.randn(7, 40, dtype=dtype),torch.randn(3, 5, 7, 40, dtype=dtype)
+    close = lambda a, b: assert_close(a.double(), b, atol=0.05 if dtype==torch.bfloat16 else 1e-4, rtol=1e-2 if dtype==torch.bfloat16 else 1e-5)
+    close(linear.sums(x, W), x.double()@W.double().mT)
+    close(linear.sums(x, each), (each.double()@x.double()[...,None])[...,0])
+
+def test_experts_job_by_job():
+    J,E,D,I = 5,3,8,6
+    x,gu,down = torch.randn(J, D),torch.randn(E, 2*I, D),torch.randn(E, D, I)
+    expert = torch.tensor([0, 0, 1, 2, 2])
+    assert_close(moe.job_by_job(x, expert, gu, down, 1.), moe.one_by_one(x, torch.tensor([2, 1, 2]), gu, down, 1.), atol=1e-5, rtol=1e-5)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert_close(moe.job_by_job(x[order], expert[order], gu, down, 1.), moe.job_by_job(x, expert, gu, down, 1.)[order])
