@@ -21,7 +21,7 @@ COLORS = dict(                                                        # concept 
     good='#2aa198', bad='#d9663b',                                    # the right formula, a planted bug
     adamw='#e0a030', muon='#9b6dd6')                                  # optimizers
 
-# %% ../nbs/00_figures.ipynb #eb476b4f
+# %% ../nbs/00_figures.ipynb #7411c5d9
 TEXT = '#7d8590'   # a grey that reads on white and on near-black alike
 STYLE = {'figure.facecolor':'none', 'axes.facecolor':'none', 'savefig.facecolor':'none', 'savefig.transparent':True,
          'text.color':TEXT, 'axes.labelcolor':TEXT, 'axes.edgecolor':TEXT, 'xtick.color':TEXT, 'ytick.color':TEXT,
@@ -29,6 +29,7 @@ STYLE = {'figure.facecolor':'none', 'axes.facecolor':'none', 'savefig.facecolor'
          'axes.titlesize':10, 'axes.labelsize':9, 'xtick.labelsize':8, 'ytick.labelsize':8, 'legend.fontsize':8,
          'legend.frameon':False, 'lines.linewidth':1.8, 'figure.dpi':100, 'savefig.dpi':100}
 
+# %% ../nbs/00_figures.ipynb #eb476b4f
 def figure(
     ncols:int=1,       # axes side by side
     nrows:int=1,       # rows of axes

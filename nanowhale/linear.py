@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/00_linear.ipynb #4545dc28
+# %% ../nbs/00_linear.ipynb #16d27131
 ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()=='AVX512'
     and hasattr(torch.ops.mkldnn, '_linear_pointwise'))   # on such processors it is at least as fast as the BLAS library for float32
 
@@ -26,6 +26,7 @@ def onednn(
     if torch.compiler.is_compiling(): return _sealed(x, W)      # one operation that the compiler must not look into
     return torch.ops.mkldnn._linear_pointwise(x, W, None, 'none', [], '')
 
+# %% ../nbs/00_linear.ipynb #adf55794
 class OneDnnLinear(torch.autograd.Function):
     "`onednn` with its gradients, which are two more such products"
     @staticmethod
@@ -39,7 +40,7 @@ class OneDnnLinear(torch.autograd.Function):
         (x,W),(for_x,for_W),d = ctx.saved_tensors,ctx.needs_input_grad,d.contiguous()
         return onednn(d, W.mT) if for_x else None, onednn(d.flatten(0,-2).mT, x.flatten(0,-2).mT) if for_W else None
 
-# %% ../nbs/00_linear.ipynb #768abe6c
+# %% ../nbs/00_linear.ipynb #f7b5e452
 def by_onednn(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K]
@@ -48,14 +49,16 @@ def by_onednn(
     return (ONEDNN and x.dtype==W.dtype==torch.float32 and x.device.type=='cpu' and x.ndim>1 and x.numel()>0
         and not torch.is_autocast_enabled('cpu'))
 
+# %% ../nbs/00_linear.ipynb #5b3f0a12
 def sums(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K], or [...,N,K]: for each row a matrix of its own
 )->Tensor:     # [...,N]
-    "`x @ W.T` as its definition says: for a single row in a compiled step, where it becomes one loop, as fast as memory delivers W"
+    "`x @ W.T` as its definition says: for a single row in a compiled graph, where it becomes one loop, as fast as memory delivers W"
     full = torch.promote_types(W.dtype, torch.float32)
     return (W.to(full)*x[...,None,:].to(full)).sum(-1).to(x.dtype)
 
+# %% ../nbs/00_linear.ipynb #7d8662af
 def product(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K]
@@ -72,8 +75,10 @@ def linear(
     wanted = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     return OneDnnLinear.apply(x, W) if wanted and by_onednn(x, W) else product(x, W)
 
+# %% ../nbs/00_linear.ipynb #c7bd1dd9
 COUNTED = {torch.ops.mkldnn._linear_pointwise: lambda x, W, *args, **kwargs: 2*x.numel()*W[0]} if ONEDNN else {}   # for torch's FlopCounterMode
 
+# %% ../nbs/00_linear.ipynb #9dd7cce3
 def products(
     x:Tensor,  # [n,M,K]
     W:Tensor,  # [n,N,K]
@@ -82,6 +87,7 @@ def products(
     if x.device.type!='cpu' or not len(x) or x[0].numel()*W.shape[1]<2**22: return torch.bmm(x, W.mT)
     return product(x[0], W[0])[None] if len(x)==1 else torch.stack([product(*pair) for pair in zip(x, W)])
 
+# %% ../nbs/00_linear.ipynb #a3187bd9
 class Linear(nn.Linear):
     "torch's linear layer without a bias (no layer of V4 has one), through `linear`"
     def __init__(self,

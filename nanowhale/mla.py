@@ -157,6 +157,7 @@ def row_mask(
     p,d = blocks(pos, before),None if docs is None else blocks(docs, -2)
     return window_mask(p, pairs(p, before), window, d, None if d is None else pairs(d, -2))
 
+# %% ../nbs/02_mla.ipynb #677f67cc
 def attend_blocks(
     q:Tensor,              # [B,T,H,K]
     kv:Tensor,             # [B,T,K]
