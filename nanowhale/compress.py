@@ -93,7 +93,7 @@ def take(
     rows = at.clamp(0, x.shape[1]-1).expand(len(x), -1, -1).flatten(1)
     return x.gather(1, rows[...,None].expand(-1, -1, x.shape[-1])).unflatten(1, at.shape[1:])
 
-# %% ../nbs/03_compress.ipynb #6d8e7e7c
+# %% ../nbs/03_compress.ipynb #ffd7e5e7
 class Memory:
     "What one compressor keeps while generating: its entries, and the tokens of which the next ones will be made"
     def __init__(self,
@@ -187,7 +187,7 @@ class Indexer(Compressor):
         w = upcast(self.scorer['weights_proj'](x))
         return torch.einsum('btjc,btj->btc', liked, w)*(self.width*w.shape[-1])**-0.5
 
-# %% ../nbs/03_compress.ipynb #30e686f7
+# %% ../nbs/03_compress.ipynb #78953432
 def choose(
     scores:Tensor,  # [B,T,C]
     seen:Tensor,    # [B or 1,T,C] entries behind each query
@@ -214,7 +214,7 @@ def far_weights(
     p = (z-upcast(lse)[...,None]).exp().masked_fill(~seen[:,:,None], 0).sum(2)
     return p/p.sum(-1, keepdim=True).clamp(min=1e-20)
 
-# %% ../nbs/03_compress.ipynb #aa6ca569
+# %% ../nbs/03_compress.ipynb #ee0a3c4a
 def index_loss(
     scores:Tensor,   # [B,T,C] of the indexer
     target:Tensor,   # [B,T,C] from `far_weights`
@@ -227,7 +227,7 @@ def index_loss(
     some = seen.any(-1)
     return (per_query*some).sum()/some.sum().clamp(min=1)
 
-# %% ../nbs/03_compress.ipynb #23ae7155
+# %% ../nbs/03_compress.ipynb #b39e3e4e
 def index_recall(
     scores:Tensor,   # [B,T,C]
     target:Tensor,   # [B,T,C] from `far_weights`, computed while queries saw all entries
@@ -253,7 +253,7 @@ class CompressedCache(KVCache):
         super().rewind(n)
         for memory in self.far: memory.rewind(n, left)
 
-# %% ../nbs/03_compress.ipynb #b25e670a
+# %% ../nbs/03_compress.ipynb #0ba88dbc
 class CompressedAttention(Attention):
     "V4's compressed sparse or heavily compressed attention (sections 2.3.1 and 2.3.2)"
     def __init__(self,
