@@ -22,6 +22,7 @@ def sqrt_softplus(
     far = -40
     return torch.where(z<far, (z.clamp(max=far)/2).exp(), F.softplus(z.clamp(min=far)).sqrt())
 
+# %% ../nbs/04_moe.ipynb #d20a1280
 SCORES = dict(sqrtsoftplus=sqrt_softplus, sigmoid=torch.sigmoid, softmax=lambda z: z.softmax(-1))  # `scoring_func` -> function
 
 # %% ../nbs/04_moe.ipynb #b8acb646
@@ -34,6 +35,7 @@ def gate_weights(
     w = scores.gather(-1, idx)
     return scale*w/(w.sum(-1, keepdim=True)+1e-20)
 
+# %% ../nbs/04_moe.ipynb #c17543fc
 def route(
     scores:Tensor, # [...,E] plain scores
     bias:Tensor,   # [E] added for the choice only
@@ -189,6 +191,7 @@ def hash_table(
         out.append(new)
     return torch.stack(out, -1)
 
+# %% ../nbs/04_moe.ipynb #b54fbee0
 class HashRouter(Router):
     "A table says which experts, the scores only how much of each (V4 section 2.1)"
     def __init__(self,
@@ -224,6 +227,7 @@ class Experts(nn.Module):
     )->Tensor:      # [M,D]
         return dispatch(x, idx, w, self.gate_up_proj, self.down_proj, self.limit)
 
+# %% ../nbs/04_moe.ipynb #09765fd7
 class SharedExpert(nn.Module):
     "The expert that reads every token"
     def __init__(self,
