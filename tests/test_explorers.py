@@ -431,20 +431,10 @@ class TestPages:
         best = build.logits(whale, want[:t+1])[-1].topk(8).indices.tolist()
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
         later = build.second(whale, want)
-        right = later[:-1].argmax(-1)==torch.tensor(want[2:])
-        assert 0<right.sum()<len(right), 'a guess that is always or never right shows little'
-        named = page.js('[...document.querySelectorAll("#tokens button")].map(e => !!e.querySelector("i"))')
-        assert named==[False, False, *right.tolist()]
-        same = (build.logits(whale, want)[1:-1].argmax(-1)==torch.tensor(want[2:])).sum()
-        assert text(page, '#tally')==f'Of {len(right)} tokens the second guess named {right.sum()}; the first one, a token later, {same}.'
         assert second(page)==later[t].topk(8).indices.tolist()
         shown = [float(x.split()[0])/100 for x in texts(page, '#second .number')]
         assert shown==pytest.approx(later[t].softmax(-1).topk(8).values.tolist(), abs=.006)
-        for at in (right.int().argmax().item(), right.int().argmin().item()):
-            page.js(f'document.querySelectorAll("#tokens button")[{at}].click()')
-            assert second(page)==later[at].topk(8).indices.tolist() and ('was right' in text(page, '#came'))==right[at]
-            assert_mixes(page, whale, want, at)
-        page.js(f'document.querySelectorAll("#tokens button")[{t}].click()')
+        assert_mixes(page, whale, want, t)
         click(page, '[data-head="2.3"]')
         assert text(page, '#looks').startswith('Layer 3, head 4')
         chosen = page.js('+document.querySelectorAll("#next button")[1].dataset.id')
@@ -452,11 +442,25 @@ class TestPages:
         assert len(texts(page, '#tokens button'))==t+2
         best = build.logits(whale, [*want[:t+1], chosen])[-1].topk(8).indices.tolist()
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
-        between,after = page.js('[document.querySelector("#next button").dataset.id, document.querySelectorAll("#second button")[1].dataset.id]')
-        page.js('document.querySelectorAll("#second button")[1].click()')
-        assert len(texts(page, '#tokens button'))==t+4
-        best = build.logits(whale, [*want[:t+1], chosen, int(between), int(after)])[-1].topk(8).indices.tolist()
+        between,after = page.js('["next", "second"].map(e => +document.querySelector(`#${e} button`).dataset.id)')
+        click(page, '#second button')
+        now = [*want[:t+1], chosen, between, after]
+        assert len(texts(page, '#tokens button'))==len(now)
+        best = build.logits(whale, now)[-1].topk(8).indices.tolist()
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
+        second_right,first_right = (f(whale, now)[at:-1].argmax(-1)==torch.tensor(now[2:]) for f,at in ((build.second, 0), (build.logits, 1)))
+        assert second_right[-1] and not second_right.all() and first_right.any()
+        named = page.js('[...document.querySelectorAll("#tokens button")].map(e => !!e.querySelector("i"))')
+        assert named==[False, False, *second_right.tolist()]
+        assert text(page, '#tally')==(f'Of {len(now)-2} tokens the second guess named {second_right.sum()}; '
+            f'the first one, a token later, {first_right.sum()}.')
+        for at in (t+1, second_right.int().argmin().item()):
+            page.js(f'document.querySelectorAll("#tokens button")[{at}].click()')
+            assert second(page)==build.second(whale, now)[at].topk(8).indices.tolist()
+            assert ('was right' in text(page, '#came'))==second_right[at] and ('came, not' in text(page, '#came'))!=second_right[at]
+            assert_mixes(page, whale, now, at)
+        page.js(f'document.querySelectorAll("#tokens button")[{t+2}].click()')
+        assert text(page, '#came')=='What comes there is not written yet.'
         click(page, '#again')
         assert len(texts(page, '#tokens button'))==len(ids) and page.complaints==[]
 
