@@ -286,7 +286,8 @@ def second(page): return page.js('[...document.querySelectorAll("#second button"
 
 def assert_mixes(page, whale, ids, at):
     "The tables show what PyTorch's hyper-connections do with token `at`: comb with sources as rows, pre beside it, post below"
-    tables = page.js('[...document.querySelectorAll("#mixes table")].map(t => [...t.rows].slice(1).map(r => [...r.querySelectorAll("td")].map(e => e.textContent)))')
+    tables = page.js('''[...document.querySelectorAll("#mixes table")].map(t => [...t.rows].slice(1).map(r =>
+        [...r.querySelectorAll("td")].map(e => e.textContent)))''')
     want = mixes(whale, ids)
     assert len(tables)==len(want)
     for rows,(pre,post,comb) in zip(tables, want):
