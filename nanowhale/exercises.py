@@ -222,3 +222,67 @@ EXERCISES['answer_labels'] = Exercise(_answers, lambda: [([0,5,6,7,1,8,9,1,5,4,1
     'the end mark is part of the answer: without it the whale never learns to stop': lambda ids, who:
         _answers(ids, who, lambda who: [w==2 and who[i+1:i+2]==[2] for i,w in enumerate(who)]),
     'do not shift: the model shifts labels itself': lambda ids, who: _answers(ids, who)[1:]+[-100]})
+
+# %% ../nbs/21_exercises.ipynb #051ae657
+def _flops(shapes, k, B, T, each=6, embed=False, every=False, vectors=False):
+    counted = [s for name,s in shapes.items() if (embed or name!='embed') and (vectors or len(s)>1)]
+    return each*B*T*sum(math.prod(s)*(k/s[0] if len(s)==3 and not every else 1) for s in counted)
+_SHAPES = dict(embed=(50, 8), q=(12, 8), norm=(8,), up=(5, 14, 8), down=(5, 8, 7), shared=(14, 8), head=(50, 8))
+EXERCISES['step_flops'] = Exercise(_flops, lambda: [(_SHAPES, 2, 3, 11), (_SHAPES, 1, 1, 7)], {
+    'a multiply-add is two operations': lambda *args: _flops(*args, each=3),
+    'that is the forward pass alone: backward takes two products for each of its one': lambda *args: _flops(*args, each=2),
+    'backward needs two products a matrix, for the input and for the weight: three times the forward pass in all': lambda *args: _flops(*args, each=4),
+    'a token visits k of the E experts: the others do no work for it': lambda *args: _flops(*args, every=True),
+    'an embedding is looked up, not multiplied': lambda *args: _flops(*args, embed=True),
+    'six for every weight counts embedding, norms and resting experts as well': lambda *args: _flops(*args, embed=True, every=True, vectors=True)})
+
+# %% ../nbs/21_exercises.ipynb #4498a49c
+def _speedup(ours, theirs, first=1, middle=lambda t: t.quantile(.5)): return (middle(theirs[first:])/middle(ours[first:])).item()
+def _seconds(n, at): return (1+torch.rand(n)/5).index_fill(0, torch.tensor([0, at]), 4.)     # a slow first round, and another
+EXERCISES['speedup'] = Exercise(_speedup, lambda: [(_seconds(7, 3), 2*_seconds(7, 5)), (_seconds(6, 2), 3*_seconds(6, 2))], {
+    'the other way round: seconds of theirs stand above those of ours': lambda ours, theirs: _speedup(theirs, ours),
+    'the first round is a warm-up and counts for nobody': lambda ours, theirs: _speedup(ours, theirs, 0),
+    'a mean lets one bad round decide: take medians': lambda ours, theirs: _speedup(ours, theirs, middle=torch.mean),
+    'the best round is luck: take medians': lambda ours, theirs: _speedup(ours, theirs, middle=torch.min),
+    'of an even number the median is the mean of the two in the middle: torch.median takes the lower': lambda ours, theirs:
+        _speedup(ours, theirs, middle=torch.median),
+    'first the median of each, then one ratio: yours is a median of ratios': lambda ours, theirs: (theirs/ours)[1:].quantile(.5).item()})
+
+# %% ../nbs/21_exercises.ipynb #c47303e7
+def _sink(scores, sinks, mask, hide=True, share=lambda keys, sink: (sink-keys).sigmoid()):
+    if hide: scores = scores.masked_fill(~mask[:,:,None], float('-inf'))
+    return share(scores.logsumexp(-1), sinks).mean((0,1))
+def _seen():
+    mask = torch.rand(2, 5, 4)<.6
+    return mask | (torch.arange(4)==1)                                  # each query sees a key
+EXERCISES['sink_share'] = Exercise(_sink, lambda: [(2*randn(2, 5, 3, 4), randn(3), _seen()) for _ in range(2)], {
+    'a query gives nothing to keys that it must not see: mask their scores first': lambda *args: _sink(*args, hide=False),
+    'the sink stands below the fraction bar as well: the shares of a query sum to 1': lambda *args: _sink(*args, share=lambda keys, sink: (sink-keys).exp()),
+    'the sink is a logit, like a score: it enters as exp(sink)': lambda *args: _sink(*args, share=lambda keys, sink: sink/(sink+keys.exp())),
+    'every query counts alike: a mean of shares, not a share of sums': lambda *args: _sink(*args,
+        share=lambda keys, sink: 1/(1+(keys-sink).exp().mean((0,1), keepdim=True)))})
+
+# %% ../nbs/21_exercises.ipynb #a28b8147
+def _chain(combs): return torch.linalg.multi_dot(combs.unbind())
+EXERCISES['streams_left'] = Exercise(_chain, lambda: [((2*randn(n, 3, 3)).softmax(-1),) for n in (6, 3)], {
+    'the first mix comes first: a row of sources meets it at its left': lambda combs: _chain(combs.flip(0)),
+    'sources are rows: you read each mix the other way round': lambda combs: _chain(combs.mT),
+    'right, but turned: rows are first streams, columns last ones': lambda combs: _chain(combs).mT.clone(),
+    'one mix after another is a product of matrices, not of single numbers': lambda combs: combs.prod(0),
+    'a mean of mixes says nothing about a chain of them': lambda combs: combs.mean(0)})
+
+# %% ../nbs/21_exercises.ipynb #8c19d512
+def _guessed(mtp, ids, docs, by=2, on=lambda docs, later: (docs>=0) & (later==docs), later=lambda x, by: F.pad(x, (0,by), value=-7)[:,by:], places=None):
+    on = on(docs, later(docs, by))
+    hits = (mtp.argmax(-1)==later(ids, by)) & on
+    return hits.sum().item()/(places or on.sum().item())
+def _rows():
+    docs = torch.tensor([[0,0,0,0,0,0,1,1,1,1,1,1,1], [-1,-1,-1,-1,-1,-1,0,0,0,0,0,0,0], [0,0,0,0,1,1,1,1,0,0,0,0,0]])
+    return randn(3, 13, 3), torch.randint(0, 3, (3, 13)), docs
+EXERCISES['second_guess'] = Exercise(_guessed, lambda: [_rows(), _rows()], {
+    'token t+1 is what the block was told: at t it speaks of token t+2': lambda *args: _guessed(*args, by=1),
+    'the last two places have no token after next: a roll brings back the beginning of the row': lambda *args:
+        _guessed(*args, later=lambda x, by: x.roll(-by, 1)),
+    'padding is no text: where docs is negative nothing counts': lambda *args: _guessed(*args, on=lambda docs, later: later==docs),
+    'the token after next must belong to the same document': lambda *args: _guessed(*args, on=lambda docs, later: (docs>=0) & (later>=-1)),
+    'divide by the places that have a token after next, not by all': lambda mtp, ids, docs: _guessed(mtp, ids, docs, places=ids.numel())})

@@ -13,7 +13,7 @@ MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
 def cells(nb, kind): return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
 def section(nb): return next((t.partition('## Exercises')[2].partition('\n## ')[0] for t in cells(nb, 'markdown') if '## Exercises' in t), '')
 
-SECTIONS = {nb.stem: section(nb) for nb in sorted(NBS.glob('[01]*.ipynb')) if section(nb)}
+SECTIONS = {nb.stem: section(nb) for nb in sorted(NBS.glob('[0-9]*.ipynb')) if section(nb)}
 SOLUTIONS = sorted((NBS/'solutions').glob('*.ipynb'))
 ASKED = {name: (stem, text) for stem,text in SECTIONS.items() for name in re.findall(r"^check\('(\w+)', \w+\)$", text, flags=re.M)}
 
@@ -63,6 +63,10 @@ OTHERS = dict(   # what people write, by other means than the list of mistakes: 
     stochastic_round=(lambda x, u: x.to(torch.bfloat16), 'nearest neighbour'),
     keep_typical=(keep_top_p, 'that is top-p'),
     prefill=(lambda whale, ids, n: torch.cat([whale(part).logits for part in ids.split(n, 1)], 1), 'one cache'),
+    speedup=(lambda ours, theirs: (theirs[1:]/ours[1:]).quantile(.5).item(), 'median of ratios'),
+    second_guess=(lambda mtp, ids, docs: (mtp[:,:-1].argmax(-1)==ids[:,1:])[(docs[:,1:]==docs[:,:-1])&(docs[:,1:]>=0)].float().mean(), 'was told'),
+    sink_share=(lambda scores, sinks, mask: 1/(1+(scores-sinks[:,None]).exp().masked_fill(~mask[:,:,None], 0).sum(-1)).mean((0,1)), 'a share of sums'),
+    streams_left=(lambda combs: functools.reduce(lambda x, c: c@x, combs), 'comes first'),
     answer_labels=(lambda ids, who: [i if w else -100 for i,w in zip(ids, who)], 'to ask as well'))
 
 @pytest.mark.parametrize('name', OTHERS)

@@ -30,9 +30,9 @@ const load = () => { const b = read("model.safetensors")
 const say = x => console.log(JSON.stringify(x, (_, v) => ArrayBuffer.isView(v) ? Array.from(v) : v))
 '''
 
-def js(code, **given):
+def js(code, whale=EXPLORERS/'whale.js', **given):
     "What a few lines of JavaScript say, given some values"
-    head = HEAD.replace('WHALE', (EXPLORERS/'whale.js').as_uri()).replace('TOKENIZER', (EXPLORERS/'tokenizer.js').as_uri())
+    head = HEAD.replace('WHALE', whale.as_uri()).replace('TOKENIZER', (EXPLORERS/'tokenizer.js').as_uri())
     res = subprocess.run(['node', '--input-type=module', '-e', head+code], input=json.dumps(given), capture_output=True, text=True, timeout=120)
     assert res.returncode==0, res.stderr[-3000:]
     return json.loads(res.stdout)
@@ -99,19 +99,63 @@ def whale_folder(folder, seed=0, **sizes):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return whale_folder(tmp_path_factory.mktemp('explorers')/'whale')
 
+BOTH = '''const model = load(), memory = model.memory(), first = [], second = []
+    given.ids.forEach((id, i) => { const step = model.step(id, memory), told = given.ids[i+1]
+      first.push(step.logits); if (i+1<given.ids.length) second.push(model.second(step, told, memory)) })
+    say([first, second])'''
 READ = 'const model = load(), memory = model.memory(); say(given.ids.map(id => model.step(id, memory).logits))'
 
 @needs_node
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_logits(folder, tmp_path, dtype):
-    "More tokens than the window holds: all at once and one by one in PyTorch, one by one in JavaScript"
+    "More tokens than the window holds: all at once and one by one in PyTorch, one by one in JavaScript, from both heads"
     whale,ids = build.export(folder, tmp_path, dtype),random.Random(0).choices(range(400), k=29)
     whole,cache = build.logits(whale, ids),Cache(whale.cfg)
     with torch.no_grad(): steps = torch.cat([whale(torch.tensor([[i]]), cache=cache).logits[0] for i in ids])
-    got = torch.tensor(js(READ, folder=str(tmp_path), ids=ids))
-    assert whole.std()>0.3, 'logits that differ too little to be compared'
+    got,second = map(torch.tensor, js(BOTH, folder=str(tmp_path), ids=ids))
+    assert min(whole.std(), build.second(whale, ids).std())>0.3, 'logits that differ too little to be compared'
     assert_close(got, whole, rtol=0, atol=1e-4)
     assert_close(got, steps, rtol=0, atol=1e-4)
+    assert_close(second, build.second(whale, ids), rtol=0, atol=1e-4)
+
+def test_the_second_guess_is_the_one_that_was_trained(folder):
+    "Its loss on what came is the one that training sees"
+    whale,ids = Whale.from_pretrained(folder),random.Random(3).choices(range(400), k=29)
+    with torch.no_grad(): want = whale(torch.tensor([ids]), labels=torch.tensor([ids])).mtp_loss
+    assert_close(torch.nn.functional.cross_entropy(build.second(whale, ids)[:-1], torch.tensor(ids[2:])), want)
+
+PLANTED = {   # what goes wrong -> what stands in whale.js or in the loop above, and what takes its place
+    'comb transposed': ('comb[j*N+k]', 'comb[k*N+j]'),
+    'post without its factor': ('2*sigmoid(z)', 'sigmoid(z)'),
+    'told its own token once more': ('told = given.ids[i+1]', 'told = id'),
+    'told the token after next': ('told = given.ids[i+1]', 'told = given.ids[i+2] ?? id'),
+    'the keys of the last layer': ('memory.mtp, true', 'memory.layers.at(-1), true'),
+    'keys forgotten': ('memory.mtp, true', '[], true'),
+    'the collapse of the trunk': ("this.read('mtp.0.hc_head'", "this.read('model.hc_head'"),
+    'the norm of the trunk': ("'mtp.0.norm'", "'model.norm'"),
+    'the norms swapped': ("this.norm('mtp.0.enorm'", "this.norm('mtp.0.hnorm'")}
+
+@needs_node
+@pytest.mark.parametrize('name', PLANTED)
+def test_a_planted_bug_moves_the_logits(folder, tmp_path, name):
+    "The comparison above can fail: each of these is ten times what it lets pass, and more"
+    source,(right,wrong) = (EXPLORERS/'whale.js').read_text(encoding='utf-8'),PLANTED[name]
+    assert (source+BOTH).count(right)==1
+    (tmp_path/'whale.mjs').write_text(source.replace(right, wrong), encoding='utf-8')
+    ids = random.Random(0).choices(range(400), k=29)
+    first,second = map(torch.tensor, js(BOTH.replace(right, wrong), tmp_path/'whale.mjs', folder=str(folder), ids=ids))
+    whale = Whale.from_pretrained(folder)
+    assert max((first-build.logits(whale, ids)).abs().max(), (second-build.second(whale, ids)).abs().max())>1e-2
+
+@needs_node
+def test_a_whale_without_a_second_guess(tmp_path):
+    "It runs, says that it has none, and its check asks for none"
+    folder,ids = whale_folder(tmp_path/'whole', num_nextn_predict_layers=0),[5, 17, 200]
+    whale = build.export(folder, tmp_path/'small')
+    got,twice = js('const model = load(), memory = model.memory(); say([given.ids.map(id => model.step(id, memory).logits), model.guessesTwice])',
+        folder=str(tmp_path/'small'), ids=ids)
+    assert_close(torch.tensor(got), build.logits(whale, ids), rtol=0, atol=1e-4)
+    assert not twice and 'second' not in json.loads((tmp_path/'small/check.json').read_text())
 
 @needs_node
 def test_the_small_file_is_the_whale(folder, tmp_path):
@@ -120,14 +164,24 @@ def test_the_small_file_is_the_whale(folder, tmp_path):
     ids = list(range(50, 70))
     assert_close(torch.tensor(js(READ, folder=str(tmp_path), ids=ids)), build.logits(Whale.from_pretrained(folder), ids), rtol=0, atol=0.02)
     check = json.loads((tmp_path/'check.json').read_text())
-    assert_close(torch.tensor(js(READ, folder=str(tmp_path), ids=check['ids'])[-1]), torch.tensor(check['logits']), rtol=0, atol=1e-4)
+    for got,name in zip(js(BOTH, folder=str(tmp_path), ids=check['ids']), ('logits', 'second')):
+        assert_close(torch.tensor(got[-1]), torch.tensor(check[name]), rtol=0, atol=1e-4)
 
 @needs_node
 @pytest.mark.parametrize('sizes', [dict(hc_mult=1), dict(scoring_func='softmax', sliding_window=64),
     dict(scoring_func='sigmoid', qk_rope_head_dim=10)], ids=str)
 def test_other_sizes(tmp_path, sizes):
     folder,ids = whale_folder(tmp_path, seed=1, **sizes),[5, 17, 200, 6, 0, 399, 8, 8, 8, 90, 91]
-    assert_close(torch.tensor(js(READ, folder=str(folder), ids=ids)), build.logits(Whale.from_pretrained(folder), ids), rtol=0, atol=1e-4)
+    for got,f in zip(js(BOTH, folder=str(folder), ids=ids), (build.logits, build.second)):
+        assert_close(torch.tensor(got), f(Whale.from_pretrained(folder), ids), rtol=0, atol=1e-4)
+
+def mixes(whale, ids):
+    "Of each sublayer of the trunk, in order: pre [T,N], post [T,N] and comb [T,N,N]"
+    seen = []
+    hooks = [hc.register_forward_hook(lambda m, i, o: seen.append([x[0] for x in o])) for l in whale.model.layers for hc in (l.attn_hc, l.ffn_hc)]
+    build.logits(whale, ids)
+    for h in hooks: h.remove()
+    return seen
 
 @needs_node
 def test_what_a_step_shows(folder):
@@ -153,6 +207,11 @@ def test_what_a_step_shows(folder):
             heads = step['layers'][l]['heads']
             assert_close(torch.tensor([h['weights'] for h in heads]), p[t,:,max(0, t-7):t+1], rtol=0, atol=1e-5)
             assert_close(torch.tensor([h['sink'] for h in heads]), (attention.sinks-lse[t]).exp(), rtol=0, atol=1e-5)
+    for i,(pre,post,comb) in enumerate(mixes(whale, ids)):
+        there = [step['layers'][i//2]['mixes'][i%2] for step in on]
+        for name,want in dict(pre=pre, post=post, comb=comb.flatten(1)).items():
+            assert_close(torch.tensor([m[name] for m in there]), want, rtol=0, atol=1e-5)
+        assert (comb-comb.mT).abs().max()>0.05, 'a mix like its transpose shows nothing'
     for layer in whale.model.layers: layer.mlp.gate.e_score_correction_bias.zero_()
     assert_close(torch.tensor([s['logits'] for s in off]), build.logits(whale, ids), rtol=0, atol=1e-4)
     assert any(a['layers'][0]['moe']['experts']!=b['layers'][0]['moe']['experts'] for a,b in zip(on, off))
@@ -223,6 +282,18 @@ def mouse(page, kind, x, y):
 
 def text(page, css): return page.js(f'document.querySelector({json.dumps(css)}).textContent').replace('−', '-')
 def texts(page, css): return page.js(f'Array.from(document.querySelectorAll({json.dumps(css)}), e => e.textContent)')
+def second(page): return page.js('[...document.querySelectorAll("#second button")].map(e => +e.dataset.id)')
+
+def assert_mixes(page, whale, ids, at):
+    "The tables show what PyTorch's hyper-connections do with token `at`: comb with sources as rows, pre beside it, post below"
+    tables = page.js('''[...document.querySelectorAll("#mixes table")].map(t => [...t.rows].slice(1).map(r =>
+        [...r.querySelectorAll("td")].map(e => e.textContent)))''')
+    want = mixes(whale, ids)
+    assert len(tables)==len(want)
+    for rows,(pre,post,comb) in zip(tables, want):
+        assert_close(torch.tensor([[float(x) for x in r] for r in rows[:-1]]), torch.cat([comb[at], pre[at][:,None]], 1), rtol=0, atol=.0051)
+        assert_close(torch.tensor([float(x) for x in rows[-1] if x]), post[at], rtol=0, atol=.0051)
+
 READY = {'routing': 'document.querySelector("#load").childElementCount', 'whale': 'document.body.dataset.ready'}
 
 class TestPages:
@@ -343,6 +414,9 @@ class TestPages:
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best.indices.tolist()
         shown = [float(x.split()[0])/100 for x in texts(page, '#next .number')]
         assert shown==pytest.approx(best.values.tolist(), abs=.006)
+        first = best.indices[0].item()
+        assert second(page)==build.second(whale, [*ids, first])[-1].topk(8).indices.tolist()
+        assert 'only the likeliest so far' in text(page, '#came')
         want = generate(whale, torch.tensor([ids]), 61, temperature=0)[0].tolist()
         click(page, '#one')
         assert len(texts(page, '#tokens button'))==len(ids)+1
@@ -357,12 +431,46 @@ class TestPages:
         assert t<=len(want)-4 and page.js('document.activeElement.ariaPressed')=='true'
         best = build.logits(whale, want[:t+1])[-1].topk(8).indices.tolist()
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
+        later = build.second(whale, want)
+        assert second(page)==later[t].topk(8).indices.tolist()
+        shown = [float(x.split()[0])/100 for x in texts(page, '#second .number')]
+        assert shown==pytest.approx(later[t].softmax(-1).topk(8).values.tolist(), abs=.006)
+        assert_mixes(page, whale, want, t)
         click(page, '[data-head="2.3"]')
         assert text(page, '#looks').startswith('Layer 3, head 4')
-        second = page.js('+document.querySelectorAll("#next button")[1].dataset.id')
+        chosen = page.js('+document.querySelectorAll("#next button")[1].dataset.id')
         page.js('document.querySelectorAll("#next button")[1].click()')
         assert len(texts(page, '#tokens button'))==t+2
-        best = build.logits(whale, [*want[:t+1], second])[-1].topk(8).indices.tolist()
+        best = build.logits(whale, [*want[:t+1], chosen])[-1].topk(8).indices.tolist()
         assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
+        between,after = page.js('["next", "second"].map(e => +document.querySelector(`#${e} button`).dataset.id)')
+        click(page, '#second button')
+        now = [*want[:t+1], chosen, between, after]
+        assert len(texts(page, '#tokens button'))==len(now)
+        best = build.logits(whale, now)[-1].topk(8).indices.tolist()
+        assert page.js('[...document.querySelectorAll("#next button")].map(e => +e.dataset.id)')==best
+        second_right,first_right = (f(whale, now)[at:-1].argmax(-1)==torch.tensor(now[2:]) for f,at in ((build.second, 0), (build.logits, 1)))
+        assert second_right[-1] and not second_right.all() and first_right.any()
+        named = page.js('[...document.querySelectorAll("#tokens button")].map(e => !!e.querySelector("i"))')
+        assert named==[False, False, *second_right.tolist()]
+        assert text(page, '#tally')==(f'Of {len(now)-2} tokens the second guess named {second_right.sum()}; '
+            f'the first one, a token later, {first_right.sum()}.')
+        for at in (t+1, second_right.int().argmin().item()):
+            page.js(f'document.querySelectorAll("#tokens button")[{at}].click()')
+            assert second(page)==build.second(whale, now)[at].topk(8).indices.tolist()
+            assert ('was right' in text(page, '#came'))==second_right[at] and ('came, not' in text(page, '#came'))!=second_right[at]
+            assert_mixes(page, whale, now, at)
+        page.js(f'document.querySelectorAll("#tokens button")[{t+2}].click()')
+        assert text(page, '#came')=='What comes there is not written yet.'
         click(page, '#again')
         assert len(texts(page, '#tokens button'))==len(ids) and page.complaints==[]
+
+    def test_a_whale_without_a_second_guess_shows_none(self, page, tmp_path):
+        shutil.copytree(EXPLORERS, tmp_path/'explorers', ignore=shutil.ignore_patterns('model', '__pycache__'))
+        build.export(whale_folder(tmp_path/'whole', num_nextn_predict_layers=0), tmp_path/'explorers'/'whale'/'model')
+        server,url = browser.serve(tmp_path)
+        visit(page, [url], 'whale', READY['whale'])
+        click(page, '#one'); click(page, '#compare')
+        assert float(until(page, 'document.querySelector("#difference").dataset.worst'))<1e-3
+        assert page.js('document.querySelector("#twice").checkVisibility()') is False and page.complaints==[]
+        server.shutdown()

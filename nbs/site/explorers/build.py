@@ -12,7 +12,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 import torch
 from nanowhale.data import load_tokenizer
-from nanowhale.model import Whale
+from nanowhale.model import Whale, geometry
+from nanowhale.mtp import next_embeddings
 
 SENTENCE = 'If the file cannot be opened, an exception is raised; otherwise the method returns a new string object.'
 FACTS = ('held-out loss, nats per token', 'held-out bits per byte', 'held-out token accuracy', 'targets seen in training')
@@ -24,6 +25,13 @@ def logits(whale, ids):
     "[T,V] of one text, in float32"
     return whale.eval()(torch.tensor([ids])).logits[0]
 
+@torch.no_grad()
+def second(whale, ids):
+    "[T-1,V]: at token i, told token i+1, what the MTP block says of token i+2"
+    ids = torch.tensor([ids])
+    e,X = whale.model.embed_tokens(ids),whale.eval()(ids).streams
+    return whale.lm_head(whale.mtp[0](X, next_embeddings(e), *geometry(whale.cfg, ids))[0])[0,:-1]
+
 def export(
     model,                # folder of a trained whale
     out,                  # folder to write, made if needed
@@ -32,15 +40,15 @@ def export(
     "What the pages need of a checkpoint folder; returns the whale with the weights as they were rounded, in float32"
     model,out = Path(model),Path(out)
     whale,tok = Whale.from_pretrained(model),load_tokenizer(model)
-    small = {k: v for k,v in whale.to(dtype).state_dict().items() if not k.startswith('mtp.')}   # the second guess is not shown
-    Whale.from_state_dict(whale.cfg, small).save_pretrained(out)
+    whale.to(dtype).save_pretrained(out)
     compact(out/'tokenizer.json', json.loads((model/'tokenizer.json').read_text(encoding='utf-8')))
     results = model/'results.json'
     facts = {k: v for k,v in json.loads(results.read_text()).items() if k in FACTS} if results.exists() else {}
     whale = Whale.from_pretrained(out).float()
     compact(out/'about.json', dict(parameters=whale.n_params(), **facts))
     ids = [tok.bos_token_id, *tok.encode(SENTENCE, add_special_tokens=False)]
-    compact(out/'check.json', dict(text=SENTENCE, ids=ids, logits=[round(z, 5) for z in logits(whale, ids)[-1].tolist()]))
+    heads = dict(logits=logits) | (dict(second=second) if len(whale.mtp) else {})
+    compact(out/'check.json', dict(text=SENTENCE, ids=ids, **{name: [round(z, 5) for z in f(whale, ids)[-1].tolist()] for name,f in heads.items()}))
     return whale
 
 def train(out):

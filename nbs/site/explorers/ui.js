@@ -1,7 +1,7 @@
 // What the explorers share: elements, sliders, charts, tokens to click, and the course's colours and theme
 
 export const COLORS = {rope: 'var(--blue)', content: 'var(--grey)', query: 'var(--blue)', key: 'var(--amber)', sink: 'var(--pink)', bias: 'var(--violet)',
-  good: 'var(--teal)', bad: 'var(--rust)', shared: 'var(--grey)', hc: 'var(--rust)', mhc: 'var(--teal)', main: 'var(--blue)'}
+  good: 'var(--teal)', bad: 'var(--rust)', shared: 'var(--grey)', hc: 'var(--rust)', mhc: 'var(--teal)', main: 'var(--blue)', mtp: 'var(--pink)'}
 export const EXPERTS = ['var(--blue)', 'var(--amber)', 'var(--teal)', 'var(--pink)', 'var(--violet)', 'var(--rust)']   // one for each
 export const STREAMS = EXPERTS
 

@@ -1,4 +1,4 @@
-// DeepSeek-V4 for one token at a time, in plain JavaScript: the formulas of nanowhale's rope, mla, moe, hyper, block and model.
+// DeepSeek-V4 for one token at a time, in plain JavaScript: the formulas of nanowhale's rope, mla, moe, hyper, block, mtp and model.
 // D hidden, N streams, H heads, K head dim, R rope dim, E experts, V vocabulary. Vectors and matrices are flat arrays, rows first;
 // sums run in double precision, what is kept is float32.
 
@@ -118,10 +118,13 @@ export class Whale {
     const rotating = Math.floor(config.head_dim*config.partial_rotary_factor)
     Object.assign(this, {config, tensors: readSafetensors(buffer), R: config.qk_rope_head_dim ?? rotating, eps: config.rms_norm_eps})
   }
-  memory() { return {length: 0, layers: Array.from({length: this.config.num_hidden_layers}, () => [])} }  // tokens read, keys = values
+  // tokens read, and keys = values of each layer and of the MTP block
+  memory() { return {length: 0, layers: Array.from({length: this.config.num_hidden_layers}, () => []), mtp: []} }
 
   get(name) { return this.tensors[name] ?? this.tensors[name+'.weight'] }
   norm(name, x) { return rmsNorm(x, this.eps, this.get(name)) }
+  embedding(id) { const {hidden_size: D} = this.config; return this.get('model.embed_tokens').subarray(id*D, id*D+D) }
+  get guessesTwice() { return 'mtp.0.h_proj.weight' in this.tensors }   // is there an MTP block?
 
   project(name, X) {                                // numbers out of all streams of a token, as if these had root mean square 1
     const scale = 1/Math.sqrt(sum(X.map(v => v*v))/X.length+this.eps)
@@ -165,24 +168,41 @@ export class Whale {
     return {y, scores, ...chosen}
   }
 
-  // Read one token: the logits of the next [V], and what each layer did on the way
+  block(name, X, pos, kept, bias) {                 // streams [N,D] after one block, and what it did
+    const first = this.connection(`${name}.attn_hc`, X)
+    const attention = this.attention(`${name}.self_attn`, this.norm(`${name}.input_layernorm`, collapse(first.pre, X)), pos, kept)
+    X = mix(first.post, first.comb, X, attention.y)
+    const second = this.connection(`${name}.ffn_hc`, X)
+    const moe = this.experts(`${name}.mlp`, this.norm(`${name}.post_attention_layernorm`, collapse(second.pre, X)), bias)
+    return {streams: mix(second.post, second.comb, X, moe.y), heads: attention.heads, moe, mixes: [first, second]}
+  }
+
+  read(head, norm, X) {                             // streams to logits [V], by a learned collapse and a norm; the last matrix is shared
+    const base = this.get(`${head}.hc_base`), [scale] = this.get(`${head}.hc_scale`)
+    const pre = this.project(`${head}.hc_fn`, X).map((z, n) => sigmoid(scale*z+base[n])+this.config.hc_eps)
+    return linear(this.get('lm_head'), this.norm(norm, collapse(pre, X)))
+  }
+
+  // Read one token: the logits of the next [V], the streams [N,D], and what each layer did on the way
   step(id, memory, {bias=true}={}) {
-    const {hidden_size: D, hc_mult: N, hc_eps} = this.config, layers = []
-    let X = new Float32Array(N*D)
-    for (let n=0; n<N; n++) X.set(this.get('model.embed_tokens').subarray(id*D, id*D+D), n*D)
-    for (let l=0; l<memory.layers.length; l++) {
-      const name = `model.layers.${l}`, first = this.connection(`${name}.attn_hc`, X)
-      const attention = this.attention(`${name}.self_attn`, this.norm(`${name}.input_layernorm`, collapse(first.pre, X)), memory.length, memory.layers[l])
-      X = mix(first.post, first.comb, X, attention.y)
-      const second = this.connection(`${name}.ffn_hc`, X)
-      const moe = this.experts(`${name}.mlp`, this.norm(`${name}.post_attention_layernorm`, collapse(second.pre, X)), bias)
-      X = mix(second.post, second.comb, X, moe.y)
-      layers.push({heads: attention.heads, moe, mixes: [first, second]})
-    }
+    const {hidden_size: D, hc_mult: N} = this.config, layers = []
+    let streams = new Float32Array(N*D)
+    for (let n=0; n<N; n++) streams.set(this.embedding(id), n*D)
+    memory.layers.forEach((kept, l) => {
+      layers.push(this.block(`model.layers.${l}`, streams, memory.length, kept, bias))
+      streams = layers[l].streams
+    })
     memory.length++
-    const base = this.get('model.hc_head.hc_base'), [scale] = this.get('model.hc_head.hc_scale')
-    const pre = this.project('model.hc_head.hc_fn', X).map((z, n) => sigmoid(scale*z+base[n])+hc_eps)
-    return {logits: linear(this.get('lm_head'), this.norm('model.norm', collapse(pre, X))), layers}
+    return {logits: this.read('model.hc_head', 'model.norm', streams), streams, layers}
+  }
+
+  // The MTP block, between one step and the next: from the streams of the token just read and the one after it, the logits [V] of the
+  // token after that. It keeps a key for each token, so it wants to be asked once after every step
+  second({streams}, told, memory) {
+    const {hidden_size: D, hc_mult: N} = this.config, w = part => this.get(`mtp.0.${part}`), X = new Float32Array(N*D)
+    const e = linear(w('e_proj'), this.norm('mtp.0.enorm', this.embedding(told)))
+    for (let n=0; n<N; n++) X.set(add(e, linear(w('h_proj'), this.norm('mtp.0.hnorm', streams.subarray(n*D, n*D+D)))), n*D)
+    return this.read('mtp.0.hc_head', 'mtp.0.norm', this.block('mtp.0', X, memory.length-1, memory.mtp, true).streams)
   }
 }
 
@@ -207,8 +227,12 @@ const HALF = new Float32Array(2**16).map((_, u) => {
   const sign = u>>15 ? -1 : 1, power = u>>10 & 31, part = u & 1023
   return power===31 ? (part ? NaN : sign*Infinity) : sign*(power ? 2**(power-15)*(1+part/1024) : 2**-24*part)
 })
-const READ = {F32: b => new Float32Array(b), F16: b => Float32Array.from(new Uint16Array(b), u => HALF[u]),
-  BF16: b => new Float32Array(Uint32Array.from(new Uint16Array(b), u => u<<16).buffer)}
+const READ = {F32: b => new Float32Array(b), BF16: b => new Float32Array(Uint32Array.from(new Uint16Array(b), u => u<<16).buffer),
+  F16: b => {                                       // a loop, ten times as fast as `from` with a function
+    const u = new Uint16Array(b), x = new Float32Array(u.length)
+    for (let i=0; i<u.length; i++) x[i] = HALF[u[i]]
+    return x
+  }}
 
 export function readSafetensors(buffer) {           // name -> flat float32 array; length of the header, header, numbers
   const size = Number(new DataView(buffer).getBigUint64(0, true))
