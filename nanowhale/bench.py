@@ -11,6 +11,7 @@ __all__ = ['alternate', 'ceilings', 'make_sides', 'adamw', 'training_job', 'Cloc
 import json, time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from .config import SWA, cache_bytes, count_flops, count_params, get_preset
 from .generate import evaluating, generate, next_logits
+from .graph import Decoder
 from .hyper import collapse, mix
 from .linear import product
 from .model import Cache, Whale, views
@@ -114,10 +116,11 @@ def decode_rate(
     model:nn.Module,  # ours or transformers'
     ids:Tensor,       # [1,T] the prompt
     new:int,          # tokens to generate
+    decoder=None,     # see `generate`
 )->float:             # tokens per second
     "How fast a model writes, greedily, with its cache"
     clock = Clock()
-    if isinstance(model, Whale): generate(model, ids, new, temperature=0, eos_token_id=None, on_token=clock)
+    if isinstance(model, Whale): generate(model, ids, new, temperature=0, eos_token_id=None, on_token=clock, decoder=decoder)
     else: model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=clock)
     return clock.rate()
 
@@ -172,8 +175,10 @@ def measure_training(
     precision:str,       # of the matrix products
     repeats:int,         # see `alternate`
     device:torch.device, # where the models are
+    compile:bool=False,  # a compiled copy of the whale, too?
 )->tuple:                # losses before the first step, and tokens per second, by name
     "Training steps of several models in turns"
+    if compile: sides = sides | {'nanowhale compiled': torch.compile(deepcopy(sides['nanowhale']), dynamic=False)}
     V = next(iter(sides.values())).lm_head.weight.shape[0]
     ids = torch.randint(0, V, (B,T), device=device, generator=torch.Generator(device).manual_seed(1))
     jobs = {name: training_job(m, [adamw(m)], ids, precision) for name,m in sides.items()}
@@ -186,14 +191,16 @@ def measure_writing(
     new:int,             # tokens to decode
     repeats:int,         # see `alternate`
     device:torch.device, # where the models are
+    compile:bool=False,  # decode by a compiled step, too?
 )->tuple:                # tokens per second of prefill and of decoding, by name
     "Prefill and decoding of several models in turns"
     V = next(iter(sides.values())).lm_head.weight.shape[0]
     ids = torch.randint(0, V, (1,T), device=device, generator=torch.Generator(device).manual_seed(2))
     prefill = alternate({name: prefill_job(m, ids) for name,m in sides.items()}, repeats, device)
-    rates = {name: [] for name in sides}
+    jobs = {name: (m,) for name,m in sides.items()} | ({'nanowhale compiled': (sides['nanowhale'], Decoder)} if compile else {})
+    rates = {name: [] for name in jobs}
     for _ in range(max(2, repeats//2)):
-        for name,m in sides.items(): rates[name].append(decode_rate(m, ids[:,:prompt], new))
+        for name,(m,*decoder) in jobs.items(): rates[name].append(decode_rate(m, ids[:,:prompt], new, *decoder))
     return {name: round(T/s, 1) for name,s in prefill.items()}, {name: round(median(r), 2) for name,r in rates.items()}
 
 # %% ../nbs/18_bench.ipynb #2a661675
@@ -206,6 +213,7 @@ def bench(
     repeats:int=5,                # rounds that count; the median is shown
     device:str=None,              # cpu, cuda ...; none: a GPU if there is one
     profile:bool=False,           # split a step by component, too
+    compile:bool=False,           # our side compiled, too: minutes more
     out:str='bench.json',         # file to add the figures to
 )->dict:                          # the figures
     "Training, prefill, decoding and memory, beside transformers and beside the machine's limits"
@@ -215,10 +223,10 @@ def bench(
     memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, dtype) for name in ('nanowhale', 'transformers')}
     sides = make_sides(preset, device, T)
     cfg,prompt,top = sides['nanowhale'].cfg,min(128, T),ceilings(device)
-    losses,train = measure_training(sides, *size, dtype, *args)
+    losses,train = measure_training(sides, *size, dtype, *args, compile)
     _,train['nanowhale with MTP'] = (d['nanowhale'] for d in measure_training(make_sides(preset, device, T, mtp=True), *size, dtype, *args))
     sides = make_sides(preset, device, T, dtype=torch.bfloat16 if bf16 else torch.float32)
-    prefill,decode = measure_writing(sides, T, prompt, tokens, *args)
+    prefill,decode = measure_writing(sides, T, prompt, tokens, *args, compile)
     del sides
     work = lambda c: sum(count_flops(c, T).values())
     head,mtp = 2*cfg.hidden_size*cfg.vocab_size,replace(cfg, num_nextn_predict_layers=1)

@@ -28,16 +28,19 @@ def generate(
     seed:int=None,              # the same seed gives the same text
     speculative:bool=False,     # let the MTP block guess ahead: the same distribution, in fewer passes
     drafts:int=1,               # tokens to guess at a time, with --speculative
+    compile:store_true=False,   # make one program of the step that writes a token: up to a minute at first, then several times faster
     device:str=None,            # cpu, cuda ...; none: a GPU if there is one
 ):
     "Continue a text with a trained whale, printed as it appears"
     import torch
     from nanowhale.data import load_tokenizer
     from nanowhale.generate import TextStream, generate
+    from nanowhale.graph import Decoder
     from nanowhale.model import Whale
     from nanowhale.speculate import speculate
     from nanowhale.train import pick_device
     from nanowhale.weights import find_folder
+    if speculative and compile: raise ValueError('--speculative and --compile do not go together: choose one')
     if prompt is None: prompt = sys.stdin.read().rstrip('\n')
     try: prompt.encode()
     except UnicodeEncodeError: raise ValueError('the prompt is not UTF-8 text') from None
@@ -48,7 +51,7 @@ def generate(
     rules = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     with TextStream(tok) as stream:
         if speculative: speculate(whale, ids, tokens, **rules, on_token=stream, drafts=drafts)
-        else: generate(whale, ids, tokens, **rules, on_token=stream)
+        else: generate(whale, ids, tokens, **rules, on_token=stream, decoder=Decoder if compile else None)
     print()
 
 def chat(
@@ -128,11 +131,12 @@ def bench(
     repeats:int=5,                # rounds that count; the median is shown
     device:str=None,              # cpu, cuda ...; none: a GPU if there is one
     profile:store_true=False,     # split a step by component, too
+    compile:store_true=False,     # our side compiled, too: minutes more
     out:str='bench.json',         # file to add the figures to
 ):
     "Measure training, prefill, decoding and memory, beside transformers and the machine's limits"
     from nanowhale.bench import bench
-    bench(preset, batch_size, context, dtype, tokens, repeats, device, profile, out)
+    bench(preset, batch_size, context, dtype, tokens, repeats, device, profile, compile, out)
 
 def ablate(
     name:Param('the part to exchange (a wrong name lists them), or all', str, opt=False),

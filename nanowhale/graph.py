@@ -14,7 +14,7 @@ from .config import SWA
 from .model import Cache
 from .rope import rope_cos_sin
 
-# %% ../nbs/13_graph.ipynb #edfc7a93
+# %% ../nbs/13_graph.ipynb #6c4a1b02
 class FixedRing:
     "A layer's `KVCache` for a compiled step: all of its slots, always, and a tensor says where the new key goes"
     def __init__(self,
@@ -23,6 +23,7 @@ class FixedRing:
         self.kv,self.slot = kv,slot
     def extend(self, kv): return self.kv.index_copy_(1, self.slot, kv)   # [B,1,K] -> [B,S,K]
 
+# %% ../nbs/13_graph.ipynb #edfc7a93
 def one_step(
     whale,         # a `Whale` whose attention has a window and nothing else
     ids:Tensor,    # [B,1] the last token of each row

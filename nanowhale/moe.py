@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'sqrt_softplus', 'gate_weights', 'route', 'swiglu', 'expert_load', 'fill', 'one_by_one', 'grouped',
-           'job_by_job', 'in_bf16', 'dispatch', 'bias_step', 'balance_loss', 'Router', 'hash_table', 'HashRouter',
+           'in_bf16', 'job_by_job', 'dispatch', 'bias_step', 'balance_loss', 'Router', 'hash_table', 'HashRouter',
            'Experts', 'SharedExpert', 'Routing', 'MoE']
 
 # %% ../nbs/04_moe.ipynb #adc3276e
@@ -97,6 +97,16 @@ def grouped(
     h = F.grouped_mm(half(x), half(gate_up).mT, offs=ends)
     return F.grouped_mm(swiglu(*h.chunk(2, -1), limit), half(down).mT, offs=ends)
 
+def in_bf16(
+    x:Tensor,    # [J,D] jobs
+    down:Tensor, # [E,D,I] narrowing matrices
+)->bool:
+    "Will the products of `x` be in bfloat16, and is there a kernel for groups of them, which wants rows of whole 16 bytes?"
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype==torch.bfloat16 and hasattr(F, 'grouped_mm') and not any(n%8 for n in down.shape[-2:])
+
+# %% ../nbs/04_moe.ipynb #7a1c2e02
 def job_by_job(
     x:Tensor,       # [J,D] jobs in any order
     expert:Tensor,  # [J] the expert of each
@@ -106,15 +116,6 @@ def job_by_job(
 )->Tensor:          # [J,D]
     "Every job reads its expert's matrices for itself: for a few jobs in a compiled step, where no copy of them is made"
     return sums(swiglu(*sums(x, gate_up[expert]).chunk(2, -1), limit), down[expert])
-
-def in_bf16(
-    x:Tensor,    # [J,D] jobs
-    down:Tensor, # [E,D,I] narrowing matrices
-)->bool:
-    "Will the products of `x` be in bfloat16, and is there a kernel for groups of them, which wants rows of whole 16 bytes?"
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype==torch.bfloat16 and hasattr(F, 'grouped_mm') and not any(n%8 for n in down.shape[-2:])
 
 # %% ../nbs/04_moe.ipynb #0eb6c755
 def dispatch(
