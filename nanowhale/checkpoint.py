@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'trainer_state', 'load_trainer_state', 'sync', 'atomic_folder', 'write_json', 'checkpoints', 'link',
-           'save_checkpoint', 'prune', 'Stopped', 'noting_signals', 'Claim', 'read_run', 'read_state', 'read_metrics',
+           'save_checkpoint', 'prune', 'noting_signals', 'Stopped', 'Claim', 'read_run', 'read_state', 'read_metrics',
            'drop_metrics']
 
 # %% ../nbs/15_checkpoint.ipynb #7e06b556
@@ -35,6 +35,7 @@ def trainer_state(
     states = [(f'{i}.{names[id(p)]}', s) for i,opt in enumerate(opts) for p,s in opt.state.items()]
     return {f'{name}.{k}': whole(torch.as_tensor(v)).cpu() for name,s in states for k,v in s.items()} | dict(rng=torch.get_rng_state().int())
 
+# %% ../nbs/15_checkpoint.ipynb #e58c02c4
 def load_trainer_state(
     whale:Whale,                # the model
     opts:list,                  # its optimizers, freshly made
@@ -77,6 +78,7 @@ def atomic_folder(
         sync(path.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/15_checkpoint.ipynb #b1f3dad2
 def write_json(
     path:Path,   # file
     value,       # anything JSON can say
@@ -91,6 +93,7 @@ def checkpoints(
     "Its checkpoints, oldest first; only whole ones have this name"
     return sorted((out/'checkpoints').glob('step-*'))
 
+# %% ../nbs/15_checkpoint.ipynb #da02edf6
 def link(
     src:Path,   # a file
     dst:Path,   # its second name; what was there is replaced in one stroke
@@ -103,6 +106,7 @@ def link(
     os.replace(tmp, dst)
     tmp.unlink(missing_ok=True)   # where both were the same file already, replacing does nothing
 
+# %% ../nbs/15_checkpoint.ipynb #65c4533a
 def save_checkpoint(
     out:Path,      # the run's folder
     whale:Whale,   # the model
@@ -134,6 +138,7 @@ def save_checkpoint(
         raise OSError(f'step {state["step"]} could not be saved ({first_line(e)}); {kept}. Mend that and go on with --resume') from None
     return folder
 
+# %% ../nbs/15_checkpoint.ipynb #12c3f532
 def prune(
     out:Path,      # a run's folder
     keep:int,      # how many of the last checkpoints stay
@@ -144,10 +149,6 @@ def prune(
         if best is None or f.name!=f'step-{best:08}': shutil.rmtree(f)
 
 # %% ../nbs/15_checkpoint.ipynb #42dec20e
-class Stopped(KeyboardInterrupt):
-    "A run that was asked to stop, and has saved what it did"
-    def __init__(self, what, signum): super().__init__(what); self.code = 128+signum   # exit code by convention
-
 @contextmanager
 def noting_signals():  # yields a list of the signals that came
     "Note SIGINT and SIGTERM instead of stopping at once; a second SIGINT is raised"
@@ -160,6 +161,11 @@ def noting_signals():  # yields a list of the signals that came
     try: yield noted
     finally:
         for s,handler in before.items(): signal.signal(s, handler)
+
+# %% ../nbs/15_checkpoint.ipynb #2845b34a
+class Stopped(KeyboardInterrupt):
+    "A run that was asked to stop, and has saved what it did"
+    def __init__(self, what, signum): super().__init__(what); self.code = 128+signum   # exit code by convention
 
 # %% ../nbs/15_checkpoint.ipynb #30c9b86f
 class Claim:
@@ -191,6 +197,7 @@ def read_run(
     folders = checkpoints(out)
     return read_json(out/'run.json'), folders[-1] if folders else None
 
+# %% ../nbs/15_checkpoint.ipynb #a4a14b57
 def read_state(
     last:Path,   # a checkpoint
 ) -> dict:       # `state` of `save_checkpoint`
@@ -210,6 +217,7 @@ def read_state(
         "'stream' has no place in the text")
     return state
 
+# %% ../nbs/15_checkpoint.ipynb #45d8379c
 MAX_LINE = 2**20   # characters; a line of metrics has some hundred
 
 def read_metrics(
@@ -226,6 +234,7 @@ def read_metrics(
                 raise ValueError(f'{path}: line {len(rows)} is damaged; move the file away to go on without the figures of earlier steps')
     return rows
 
+# %% ../nbs/15_checkpoint.ipynb #68dc522b
 def drop_metrics(
     path:Path,   # metrics.jsonl
     step:int,    # steps from this one on will be taken again

@@ -37,12 +37,13 @@ def entropy(
     "Entropy in nats of the softmax of logits: the surprise that a model expects"
     return torch.special.entr(upcast(logits).softmax(-1)).sum(-1)
 
-# %% ../nbs/14_evaluate.ipynb #b4f63ff6
+# %% ../nbs/14_evaluate.ipynb #8fef4844
 def _check_rows(rows, batch_size):
     missing = 'input_ids' not in rows or not len(rows['input_ids'])
     if missing: raise ValueError('rows: need input_ids [n,T] with at least one row; is the held-out text empty?')
     if batch_size<1: raise ValueError(f'batch_size={batch_size}: need 1 or more')
 
+# %% ../nbs/14_evaluate.ipynb #b4f63ff6
 def evaluate(
     whale,              # a `Whale`
     rows:dict,          # input_ids [n,T], docs [n,T] with -1 for padding, labels [n,T] with -100 where a token is no target; the last two may be missing

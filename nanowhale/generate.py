@@ -100,10 +100,11 @@ def next_logits(
     docs = None if docs is None else docs[:,new:]
     return whale.lm_head(whale(ids[:,new:], docs=docs, cache=cache).hidden[:,-1])
 
-# %% ../nbs/13_generate.ipynb #ecbd4304
+# %% ../nbs/13_generate.ipynb #c76b43a9
 def _check(ok, message):
     if not ok: raise ValueError(message)
 
+# %% ../nbs/13_generate.ipynb #ecbd4304
 def left_pad(
     prompts:list,        # lists of token ids, of any lengths
     pad_token_id:int=0,  # what fills the gaps; any id, as nothing ever sees it
@@ -135,7 +136,7 @@ def evaluating(
     finally:
         for m,mode in modes: m.training = mode
 
-# %% ../nbs/13_generate.ipynb #8bf355af
+# %% ../nbs/13_generate.ipynb #6e90efbb
 def _check_prompt(ids, mask, V):
     _check(isinstance(ids, torch.Tensor), 'input_ids: need a tensor [batch, time]; for one prompt use torch.tensor([ids])')
     check_batch(V, ids.cpu())
@@ -144,6 +145,7 @@ def _check_prompt(ids, mask, V):
     _check(((mask==0)|(mask==1)).all() and (mask[:,1:]>=mask[:,:-1]).all() and mask[:,-1].all(),
            'attention_mask: need 0s, then 1s in each row: pad on the left, as left_pad does')
 
+# %% ../nbs/13_generate.ipynb #8bf355af
 def _check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty):
     _check(max_new_tokens>=0, f'max_new_tokens={max_new_tokens}: need 0 or more')
     _check(temperature>=0, f'temperature={temperature}: need 0 (greedy) or more')
@@ -159,6 +161,7 @@ def _endings(cfg, eos):
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return ends, next((i for i in (cfg.pad_token_id, *ends) if i is not None), 0)
 
+# %% ../nbs/13_generate.ipynb #1b1c631e
 def _seen(ids, mask, V):
     "[B,V] bool: which tokens each row of ids [B,T] holds where its mask is 1"
     return torch.zeros(len(ids), V, dtype=torch.long, device=ids.device).scatter_add(1, ids, mask)>0

@@ -75,7 +75,7 @@ class Drafter:
         self.cache.rewind(max(0, n-1))
         return torch.cat(drafts, 1), torch.cat(q, 1)
 
-# %% ../nbs/13_speculate.ipynb #4e32134f
+# %% ../nbs/13_speculate.ipynb #1437b5e1
 def distributions(
     logits:Tensor,  # [B,n,V] of n tokens in a row
     drafts:Tensor,  # [B,n-1] all but the last of these tokens
@@ -89,6 +89,7 @@ def distributions(
         p.append(warp(z, seen, **rules).softmax(-1))
     return torch.stack(p, 1)
 
+# %% ../nbs/13_speculate.ipynb #4e32134f
 def speculate(
     whale,                             # a `Whale` with an MTP block
     input_ids:Tensor,                  # [B,T] the prompts

@@ -86,6 +86,7 @@ RECIPES = dict(   # preset -> name -> recipe
         chat=Recipe(**SIZES['nanowhale_100m'] | dict(steps=500, evals=5, data=None, tokenizer=None), **CHAT, lr=1e-4)))
 RECIPES |= dict(tiny_v4=RECIPES['tiny'], nanowhale_v4=RECIPES['nanowhale_100m'])   # of equal size, so far without values of their own
 
+# %% ../nbs/15_step.ipynb #628dd99c
 def get_recipe(
     preset:str,       # of the model
     name:str='whale', # whale, card or chat
@@ -118,6 +119,7 @@ def watching_mixes(
     finally:
         for h in hooks: h.remove()
 
+# %% ../nbs/15_step.ipynb #e4ba5101
 def cast(
     device:torch.device,   # where the model lives
     precision:str,         # fp32 or bf16
@@ -185,6 +187,7 @@ def part_of(
     "Which part of the model a parameter belongs to"
     return next((part for part,mark in PARTS.items() if mark in name), 'norm')
 
+# %% ../nbs/15_step.ipynb #951adbc8
 def gradient_norms(
     whale:nn.Module,   # with gradients
 ) -> dict[str, float]:
@@ -195,6 +198,7 @@ def gradient_norms(
     norms = torch.stack([whole(nn.utils.get_total_norm(grads)) for grads in parts.values()])
     return dict(zip(parts, norms.tolist()))
 
+# %% ../nbs/15_step.ipynb #5763ad56
 def load_entropy(
     load:Tensor,   # [blocks,E]
 ) -> float:        # nats; ln E where all experts have equally much to do

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'RUNS', 'free_folder', 'pick_device', 'keep_freed_memory', 'make_tokenizer', 'eval_batch', 'HeldOut',
-           'peak_flops', 'hardware', 'peak_memory', 'plot_losses', 'plot_load', 'Log', 'open_board', 'Run', 'measure',
+           'peak_flops', 'hardware', 'peak_memory', 'plot_losses', 'plot_load', 'open_board', 'Log', 'Run', 'measure',
            'model_card', 'check_spec', 'begin', 'finish', 'train']
 
 # %% ../nbs/15_train.ipynb #e401a43e
@@ -38,6 +38,7 @@ def free_folder(
         raise FileExistsError(f'{out} already holds {held}: choose another folder with --out, or remove it')
     return out
 
+# %% ../nbs/15_train.ipynb #a71c90d3
 def pick_device(
     name:str|None=None,   # cpu, cuda, cuda:1 ...; None: a GPU if there is one
 ) -> torch.device:
@@ -70,6 +71,7 @@ def make_tokenizer(
         raise ValueError(f'the tokenizer has {len(tok):,} tokens, the preset a vocabulary of {vocab_size:,}: choose another preset or tokenizer')
     return tok
 
+# %% ../nbs/15_train.ipynb #3de0f617
 def eval_batch(
     vocab_size:int,   # V
     context:int,      # T
@@ -77,6 +79,7 @@ def eval_batch(
     "How many rows to evaluate at a time: at most 16, and at most a gigabyte of logits"
     return min(16, max(1, 2**28//(vocab_size*context)))
 
+# %% ../nbs/15_train.ipynb #5e2db759
 class HeldOut:
     "The held-out text of a run, packed once"
     pack = staticmethod(pack_texts)
@@ -101,6 +104,7 @@ def peak_flops(
     "The FLOP/s that a GPU could do in bf16 or fp16 at its peak, by its data sheet; None: not known"
     return next((f for key,f in PEAKS.items() if key in name), None)
 
+# %% ../nbs/15_train.ipynb #52139965
 def hardware(
     device:torch.device,   # where the model lives
 ) -> str:
@@ -134,6 +138,7 @@ def plot_losses(
     if path is None: return fig
     fig.savefig(path); plt.close(fig)
 
+# %% ../nbs/15_train.ipynb #32e9c41d
 def plot_load(
     metrics:list[dict],        # one a step
     path:str|Path|None=None,   # where to save the picture; None: return the figure
@@ -150,6 +155,15 @@ def plot_load(
     fig.savefig(path); plt.close(fig)
 
 # %% ../nbs/15_train.ipynb #e996dbb5
+def open_board(
+    folder:Path,   # where TensorBoard looks
+):
+    "torch's `SummaryWriter`, or an error that says what to install"
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
+    return SummaryWriter(folder)
+
+# %% ../nbs/15_train.ipynb #240d81c4
 class Log:
     "Metrics of each step: a line in a file, the progress bar and, if asked for, TensorBoard"
     def __init__(self, out, recipe, cfg, device, start, seconds, tensorboard=False):
@@ -196,14 +210,6 @@ class Log:
         plot_losses(metrics, self.out/'loss.png'); plot_load(metrics, self.out/'expert-load.png')
 
     def close(self): self.bar.close(); self.board and self.board.close()
-
-def open_board(
-    folder:Path,   # where TensorBoard looks
-):
-    "torch's `SummaryWriter`, or an error that says what to install"
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
-    return SummaryWriter(folder)
 
 # %% ../nbs/15_train.ipynb #b98296be
 class Run:
@@ -297,6 +303,7 @@ class Run:
                     signum = noted[0] if noted else 15
                     raise Stopped(f'stopped after step {self.state["step"]} and saved; go on with: nanowhale train --resume --out {self.out}', signum)
 
+# %% ../nbs/15_train.ipynb #c842f350
 RUNS = dict(text=Run)   # kind of data -> kind of run; chapter 16 adds conversations
 
 # %% ../nbs/15_train.ipynb #68123e5f
@@ -325,6 +332,7 @@ def measure(
         'sample': ' '.join(repr(run.held.sample(run.whale))[1:-1].split()),
     }
 
+# %% ../nbs/15_train.ipynb #fa3cc05c
 def model_card(
     whale:Whale,     # the model
     spec:dict,       # run.json
@@ -368,6 +376,7 @@ def check_spec(
     if not isinstance(spec.get('preset'), str): raise bad('it names no preset')
     if not (type(spec.get('seed')) is int and 0<=spec['seed']<2**63): raise bad('it has no seed')
 
+# %% ../nbs/15_train.ipynb #0c3c7c2b
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
@@ -385,6 +394,7 @@ def begin(
     drop_metrics(out/'metrics.jsonl', step)
     return spec, last
 
+# %% ../nbs/15_train.ipynb #81ad26cd
 def finish(
     run:Run,     # at its end
     spec:dict,   # run.json
@@ -400,6 +410,7 @@ def finish(
     from_first(write)
     return results
 
+# %% ../nbs/15_train.ipynb #da2f0fba
 def train(
     preset:str='tiny',       # size of the model: tiny, nanowhale_100m, or one with all kinds of V4's layers: tiny_v4, nanowhale_v4
     recipe:str=None,         # how to train it: whale (ours), card (the public nanowhale-100m's) or chat; none: chat with --chat, else whale
