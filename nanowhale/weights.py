@@ -135,7 +135,7 @@ def check_blobs(
             raise ValueError(f'{f}: damaged, its checksum is not the one the Hub promised; delete {blob} and try again')
 
 # %% ../nbs/08_weights.ipynb #d392f76f
-WANTED = ['config.json', 'generation_config.json', 'model*.safetensors', INDEX, 'tokenizer*', 'special_tokens_map.json', 'vocab.json',
+WANTED = ['config.json', 'generation_config.json', 'model*.safetensors', INDEX, 'tokenizer*.json', 'tokenizer.model', 'special_tokens_map.json', 'vocab.json',
     'merges.txt', 'chat_template.jinja']     # what is downloaded: data, never code
 
 # %% ../nbs/08_weights.ipynb #04463d35
