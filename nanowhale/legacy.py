@@ -35,6 +35,7 @@ def pair_order(
 # %% ../nbs/08_weights_legacy.ipynb #62aff294
 PERMUTED = {'q_b_proj.weight': 0, 'kv_proj.weight': 0, 'kv_norm.weight': 0, 'o_a_proj.weight': 1}  # tensor -> axis of its channels
 
+# %% ../nbs/08_weights_legacy.ipynb #1c980be4
 def reorder(
     w:Tensor,      # its axis holds one or more heads of K channels
     axis:int,      # which axis
@@ -46,11 +47,14 @@ def reorder(
 
 # %% ../nbs/08_weights_legacy.ipynb #99f15b7a
 NO_SINK = -1e30                      # e^NO_SINK beside any score is exactly 0, in float64 too; finite in bfloat16
+
+# %% ../nbs/08_weights_legacy.ipynb #aa55ba0b
 NO_CLAMP = 3e38                      # the largest numbers of float32 and bfloat16 are a little above it
 
 # %% ../nbs/08_weights_legacy.ipynb #f4d37b15
 IGNORED = ('auto_map', 'compress_ratios', 'layer_types', 'mlp_layer_types', 'partial_rotary_factor', 'rope_parameters')   # their code read none of these
 
+# %% ../nbs/08_weights_legacy.ipynb #a04a62ba
 def legacy_config(
     config:dict,  # config.json of a first-generation nanowhale
 )->dict:          # that of a whale which computes the same

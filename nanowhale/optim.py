@@ -17,6 +17,7 @@ from .linear import products
 # %% ../nbs/11_optim.ipynb #85d89fe7
 LIFT,SETTLE = (3.4445, -4.7750, 2.0315),(2.0, -1.5, 0.5)   # a, b, c of the two polynomials
 
+# %% ../nbs/11_optim.ipynb #13489ee8
 def newton_schulz(
     G:Tensor,                               # [...,rows,cols] matrices, each treated on its own
     coefs:tuple=(LIFT,)*8 + (SETTLE,)*2,    # a, b, c of each round
@@ -38,6 +39,7 @@ def whole(
     "Gather a `DTensor`; any other tensor is whole already"
     return t.full_tensor() if isinstance(t, DTensor) else t
 
+# %% ../nbs/11_optim.ipynb #bcd2a1c1
 def spread_as(
     t:Tensor,      # a whole tensor, the same in every process
     like:Tensor,   # how it shall lie
@@ -98,6 +100,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../nbs/11_optim.ipynb #c1aa21b9
 TABLES = ('embed_tokens', 'lm_head', 'position_bias')   # one row a token, or a place in a block: no map between directions
 
+# %% ../nbs/11_optim.ipynb #9c536c5d
 def split_params(
     model:nn.Module,   # a `Whale`
 ) -> dict[str, dict]:  # 'matrices', 'tables' and 'vectors': name -> parameter; every parameter is in one of them
@@ -108,6 +111,7 @@ def split_params(
         out[kind][name] = p
     return out
 
+# %% ../nbs/11_optim.ipynb #1eea06f2
 def n_blocks(
     name:str,     # of a matrix
     groups:int,   # G, `o_groups` of the model
@@ -115,6 +119,7 @@ def n_blocks(
     "How many independent matrices one weight holds, one above the other: gate and up of an expert, the groups of the output"
     return 2 if name.endswith('gate_up_proj') else groups if name.endswith('o_a_proj.weight') else 1
 
+# %% ../nbs/11_optim.ipynb #09a7b592
 def make_optimizers(
     model:nn.Module,          # a `Whale`
     lr:float,                 # of AdamW

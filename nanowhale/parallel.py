@@ -19,6 +19,7 @@ from .data import first_line
 def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0              # number of this process, from 0 on
 def n_ranks() -> int: return dist.get_world_size() if dist.is_initialized() else 1     # processes that train together
 
+# %% ../nbs/12_parallel.ipynb #1d4ebad4
 def local_device(
     device:torch.device,   # cpu or cuda
 ) -> torch.device:
@@ -26,8 +27,10 @@ def local_device(
     local = os.environ.get('LOCAL_RANK')
     return torch.device('cuda', int(local)) if local and device.type=='cuda' and device.index is None else device
 
+# %% ../nbs/12_parallel.ipynb #baeab527
 LOST = re.compile('connection|timed out|peer|rank', re.I)   # in torch's words, when a process does not answer
 
+# %% ../nbs/12_parallel.ipynb #1c10e3e5
 @contextmanager
 def ranks(
     device:torch.device,   # where this process computes
@@ -47,7 +50,7 @@ def ranks(
     finally:
         if joins: dist.destroy_process_group()
 
-# %% ../nbs/12_parallel.ipynb #0c9202a7
+# %% ../nbs/12_parallel.ipynb #86c9d4ea
 def total(
     t:Tensor,   # this process's part of a sum
 ) -> Tensor:    # the sum over all processes
@@ -57,6 +60,7 @@ def total(
     dist.all_reduce(t)
     return t
 
+# %% ../nbs/12_parallel.ipynb #0c9202a7
 def from_first(
     make,   # called on rank 0 only; what it returns, or the error that it raises, is everybody's
 ):
@@ -70,6 +74,7 @@ def from_first(
     if isinstance(box[0], Exception): raise box[0]
     return box[0]
 
+# %% ../nbs/12_parallel.ipynb #01389b97
 def my_rows(
     rows:dict[str, Tensor],   # tensors [n,...] of a whole step, the same everywhere
 ) -> dict[str, Tensor]:       # tensors [n/ranks,...]
@@ -81,6 +86,7 @@ def my_rows(
 # %% ../nbs/12_parallel.ipynb #824e8c14
 HOW = ('ddp', 'fsdp')   # copies, shares
 
+# %% ../nbs/12_parallel.ipynb #9fc92003
 def spread(
     whale:nn.Module,    # a `Whale`, the same in every process, on its device
     how:str='ddp',      # one of `HOW`
@@ -92,6 +98,7 @@ def spread(
     for block in (*whale.model.layers, *whale.mtp): fully_shard(block)
     return fully_shard(whale)
 
+# %% ../nbs/12_parallel.ipynb #6e939bea
 @contextmanager
 def exchanging(
     net:nn.Module,   # from `spread`

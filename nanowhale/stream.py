@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .data import NoText, encode, first_line, is_held_out, open_texts, pack
 
-# %% ../nbs/10_stream.ipynb #7ac4004a
+# %% ../nbs/10_stream.ipynb #9f8e4b35
 WAITS = (1, 2, 4, 8, 16, 32)   # seconds before each new attempt
 
+# %% ../nbs/10_stream.ipynb #7ac4004a
 class Documents:
     "A text source read over and over, which can tell where it stands and go back there"
     def __init__(self,
@@ -70,6 +71,7 @@ def pack_texts(
     "Documents as rows of tokens, each of which is a target"
     return pack(encode(tok, texts), context, tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
 
+# %% ../nbs/10_stream.ipynb #7a53586a
 class Blocks(IterableDataset):
     "Blocks of packed training rows, endlessly; each is determined by the seed, its number and its place in the source"
     def __init__(self,
@@ -121,8 +123,10 @@ def starting_a_process():
     finally:
         for s,handler in before.items(): signal.signal(s, handler)
 
+# %% ../nbs/10_stream.ipynb #47b2a857
 def as_is(x): return x   # DataLoader would turn arrays into tensors in shared memory, which is small in containers
 
+# %% ../nbs/10_stream.ipynb #ac1a1620
 class Stream:
     "Training rows, as many as a step asks for, from where a run stands"
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'INDEX', 'DTYPES', 'AGAIN', 'MAX_JSON', 'MAX_HEADER', 'WANTED', 'RENAMES', 'EXPERT', 'FLOAT32',
            'check_size', 'read_json', 'read_file', 'read_config', 'shard_names', 'read_weights', 'checksum',
-           'check_blobs', 'find_folder', 'hub_says', 'atomic', 'write_weights', 'write_shards', 'native_name',
+           'check_blobs', 'hub_says', 'find_folder', 'atomic', 'write_weights', 'write_shards', 'native_name',
            'stack_experts', 'translate', 'check_keys', 'check_types', 'n_mtp']
 
 # %% ../nbs/08_weights.ipynb #a56a7d57
@@ -25,12 +25,14 @@ DTYPES = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=tor
 AGAIN = 'copy or download it again'
 MAX_JSON,MAX_HEADER = 2**26,2**24    # bytes; at some hundred bytes a tensor, room for more tensors than any model has
 
+# %% ../nbs/08_weights.ipynb #755f903f
 def check_size(
     path:Path,  # a JSON file: a config, an index, a tokenizer
 ):
     "Refuse a JSON file that is larger than any honest one, before something reads it into memory"
     if path.stat().st_size>MAX_JSON: raise ValueError(f'{path}: {path.stat().st_size:,} bytes are too many for this file; do not trust this folder')
 
+# %% ../nbs/08_weights.ipynb #99a04269
 def read_json(
     path:str|Path,  # a file that holds a JSON object
 )->dict:
@@ -121,6 +123,7 @@ def checksum(
         while part := f.read(2**22): h.update(part)
     return h.hexdigest()
 
+# %% ../nbs/08_weights.ipynb #891a30b7
 def check_blobs(
     folder:str|Path,  # a snapshot in the Hub's cache
 ):
@@ -132,9 +135,21 @@ def check_blobs(
             raise ValueError(f'{f}: damaged, its checksum is not the one the Hub promised; delete {blob} and try again')
 
 # %% ../nbs/08_weights.ipynb #d392f76f
-WANTED = ['config.json', 'generation_config.json', 'model*.safetensors', INDEX, 'tokenizer*', 'special_tokens_map.json', 'vocab.json',
+WANTED = ['config.json', 'generation_config.json', 'model*.safetensors', INDEX, 'tokenizer*.json', 'tokenizer.model', 'special_tokens_map.json', 'vocab.json',
     'merges.txt', 'chat_template.jinja']     # what is downloaded: data, never code
 
+# %% ../nbs/08_weights.ipynb #04463d35
+def hub_says(
+    e:Exception,             # what the Hub's client raised
+    revision:str|None=None,  # that was asked for
+)->str:
+    "The client's error in a few words that say what to do"
+    if isinstance(e, RepositoryNotFoundError): return 'the Hub shows no such model: check the name, or log in with `hf auth login` if it is private'
+    if isinstance(e, RevisionNotFoundError): return f'the Hub has the model, but no revision {revision!r} of it'
+    if isinstance(e, LocalEntryNotFoundError): return 'the Hub cannot be reached, nor is all of it in the cache: check the network and try again'
+    return f'the download from the Hub failed ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}); try again'
+
+# %% ../nbs/08_weights.ipynb #79fcae13
 def find_folder(
     name:str|Path,           # a folder, or the name of a model on the Hub
     revision:str|None=None,  # branch, tag or commit on the Hub; None: main
@@ -150,16 +165,6 @@ def find_folder(
     except Exception as e: raise FileNotFoundError(f'{name}: no such folder here, and {hub_says(e, revision)}') from None
     check_blobs(folder)
     return find_folder(folder)
-
-def hub_says(
-    e:Exception,             # what the Hub's client raised
-    revision:str|None=None,  # that was asked for
-)->str:
-    "The client's error in a few words that say what to do"
-    if isinstance(e, RepositoryNotFoundError): return 'the Hub shows no such model: check the name, or log in with `hf auth login` if it is private'
-    if isinstance(e, RevisionNotFoundError): return f'the Hub has the model, but no revision {revision!r} of it'
-    if isinstance(e, LocalEntryNotFoundError): return 'the Hub cannot be reached, nor is all of it in the cache: check the network and try again'
-    return f'the download from the Hub failed ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}); try again'
 
 # %% ../nbs/08_weights.ipynb #3c91965c
 @contextmanager
@@ -193,6 +198,7 @@ def write_weights(
     with atomic(folder/WEIGHTS) as tmp: save_file(tensors, tmp, metadata={'format': 'pt'})
     return folder/WEIGHTS
 
+# %% ../nbs/08_weights.ipynb #53a144bb
 def write_shards(
     tensors:dict,  # name -> tensor
     plan,          # which goes where, from `split_torch_state_dict_into_shards`
@@ -218,6 +224,7 @@ RENAMES = [(re.compile(old), new) for old,new in (                    # name on 
     (r'\.gate\.bias$', '.gate.e_score_correction_bias'), (r'\.shared_experts\.w1\.', '.shared_experts.gate_proj.'),
     (r'\.shared_experts\.w2\.', '.shared_experts.down_proj.'), (r'\.shared_experts\.w3\.', '.shared_experts.up_proj.'))]
 
+# %% ../nbs/08_weights.ipynb #a347ee2e
 def native_name(
     name:str,  # a tensor's name in a file
 )->str:
@@ -228,6 +235,7 @@ def native_name(
 # %% ../nbs/08_weights.ipynb #379f44ef
 EXPERT = re.compile(r'(.+\.experts)\.(\d+)\.w([123])\.weight')       # one matrix of one expert, as files name it
 
+# %% ../nbs/08_weights.ipynb #71d11802
 def stack_experts(
     name:str,    # the module that holds the experts
     parts:dict,  # (expert, 1 | 2 | 3) -> that expert's w1 [I,D], w2 [D,I] or w3 [I,D]
@@ -280,6 +288,7 @@ def check_keys(
 # %% ../nbs/08_weights.ipynb #f78a3d71
 FLOAT32 = re.compile(r'norm|attn_hc|ffn_hc|hc_head|sinks|position_bias|e_score_correction_bias|\.gate\.weight$')   # kept in float32 in half precision
 
+# %% ../nbs/08_weights.ipynb #f6d523ca
 def check_types(
     state_dict:dict,              # native name -> tensor
     source:str='the checkpoint',  # the file or folder, for the error
