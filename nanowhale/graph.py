@@ -59,7 +59,8 @@ class Decoder:
         most:int,              # tokens that the text will have at its end
         docs:Tensor|None=None, # [B,T] -1 where a row is filled up on its left, 0 elsewhere; None: nowhere
         compile:bool=True):    # False: the same step, operation by operation
-        if {*past.kinds}!={SWA} or past.spare: raise ValueError('a compiled step needs plain windows: layers that compress have more keys with every few tokens; leave it out for this model')
+        if {*past.kinds}!={SWA} or past.spare:
+            raise ValueError('a compiled step needs plain windows; layers that compress have a key more with every few tokens, so write with them uncompiled')
         kv,W = past.layers[0].kv,whale.cfg.sliding_window
         S = min(W, max(LEAST, 1<<(most-1).bit_length()))
         self.whale,self.length,self.most = whale,past.length,most if S<W else None

@@ -105,6 +105,7 @@ def exchanging(
     now:bool,        # exchange gradients in the backward passes inside?
 ):
     "Gradients are added up over the processes only where `now`"
+    net = getattr(net, '_orig_mod', net)     # what `torch.compile` made a program of
     if isinstance(net, FSDPModule): net.set_requires_gradient_sync(now); yield
     elif isinstance(net, DistributedDataParallel) and not now:
         with net.no_sync(): yield

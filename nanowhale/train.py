@@ -227,7 +227,8 @@ class Run:
         self.cfg = self.whale.cfg
         self.tok = from_first(lambda: self.fit_tokenizer(make_tokenizer(recipe, self.cfg.vocab_size, one_in, start)))
         self.held = self.held_out(texts, self.tok, recipe, self.cfg.vocab_size)
-        self.net = spread(self.whale, self.recipe.parallel)
+        net = spread(self.whale, self.recipe.parallel)
+        self.net = torch.compile(net, dynamic=False) if recipe.compile else net
         self.opts = make_optimizers(self.whale, self.recipe.lr, self.recipe.muon_lr, self.recipe.weight_decay)
         if last:
             path = last/'trainer'/'optimizer.safetensors'

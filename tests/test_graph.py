@@ -4,17 +4,20 @@ from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
 from nanowhale import graph, linear, moe
-from nanowhale.config import WhaleConfig, tiny, tiny_v4
+from nanowhale.config import tiny, tiny_v4
 from nanowhale.generate import evaluating, generate, left_pad, next_logits
 from nanowhale.graph import Decoder, one_step
 from nanowhale.model import Cache, Whale
+from nanowhale.optim import make_optimizers
+from nanowhale.step import Recipe, train_step
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
 
 def small(window=9, layers=2, **changes):
     "A whale of odd sizes whose weights are large enough for every part to matter"
     torch.manual_seed(window)
-    return Whale(replace(tiny(), vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0, initializer_range=0.2, **changes)).double()
+    sizes = dict(vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0, initializer_range=0.2)
+    return Whale(replace(tiny(), **sizes | changes)).double()
 
 def logits(whale, ids, docs=None, prompt=3, decoder=None):
     "[B,T-prompt+1,V] with the ordinary step, or with a decoder after the prompt"
@@ -119,3 +122,19 @@ def test_experts_job_by_job():
     assert_close(moe.job_by_job(x, expert, gu, down, 1.), moe.one_by_one(x, torch.tensor([2, 1, 2]), gu, down, 1.), atol=1e-5, rtol=1e-5)
     order = torch.tensor([3, 0, 4, 2, 1])
     assert_close(moe.job_by_job(x[order], expert[order], gu, down, 1.), moe.job_by_job(x, expert, gu, down, 1.)[order])
+
+@needs_compiler
+def test_training_steps_of_a_compiled_whale():
+    "Losses, norms, loads and what the watchers see, over three steps, beside the same steps uncompiled"
+    torch._dynamo.reset()
+    def run(compile):
+        whale = small(layers=1, num_nextn_predict_layers=1, initializer_range=0.05, hc_sinkhorn_iters=2).float()
+        net = torch.compile(whale, dynamic=False) if compile else whale
+        recipe = Recipe(steps=3, batch_size=2, accum=2, context=20, compile=compile)
+        opts,draw = make_optimizers(whale, recipe.lr, recipe.muon_lr),torch.Generator().manual_seed(0)
+        for step in range(3):
+            rows = dict(input_ids=torch.randint(97, (4,21), generator=draw), docs=(torch.arange(21)>13).long().expand(4, -1).contiguous())
+            yield train_step(net, whale, opts, rows, recipe, step)
+    for got,want in zip(run(True), run(False)):
+        assert got.keys()==want.keys() and got['expert_load']==want['expert_load']
+        for k in ('loss', 'mtp_loss', 'balance_loss', 'grad_norm', 'comb_logit', 'column_error'): assert got[k]==pytest.approx(want[k], rel=2e-3), k
