@@ -211,7 +211,9 @@ def against_base(
 ) -> list[float]:            # one for each seed; above 0: worse than the base
     "Differences from the base, seed by seed; a variant as fast as the base has one run for both kinds of equality"
     of = lambda n, e: {r['seed']: r[what] for r in runs if r['name']==n and r['equal']==e}
-    base,mine = of('base', 'tokens'),of(name, 'tokens') | of(name, equal)
+    cost,steps = pace_of(runs, name),max((r.get('base_steps', 100) for r in runs), default=100)
+    one_run = cost is None or steps_for(cost, steps)==steps
+    base,mine = of('base', 'tokens'),(of(name, 'tokens') if one_run else {}) | of(name, equal)
     return [round(mine[s]-base[s], 4) for s in sorted(mine.keys() & base.keys())]
 
 def pace_of(
