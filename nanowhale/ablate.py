@@ -38,6 +38,7 @@ class Nothing(nn.Module):
     "Stands where a part was, and adds nothing"
     def forward(self, x): return torch.zeros_like(x)
 
+# %% ../nbs/19_ablate.ipynb #9b5f2a59
 @torch.no_grad()
 def without_sinks(
     whale:Whale,   # a fresh one
@@ -45,6 +46,7 @@ def without_sinks(
     "Attention as a plain softmax over the keys"
     for block in [*whale.model.layers, *whale.mtp]: block.self_attn.sinks.fill_(float('-inf')).requires_grad_(False)
 
+# %% ../nbs/19_ablate.ipynb #47bd8d69
 def without_shared(
     whale:Whale,   # a fresh one
 ):
@@ -86,6 +88,7 @@ def words(
     texts,one_in = held_out_texts(None, chars=80_000)
     return texts, one_in, make_tokenizer(get_recipe('tiny'), vocab_size, one_in, None)
 
+# %% ../nbs/19_ablate.ipynb #b5b22eee
 @cache
 def material(
     vocab_size:int,   # V
@@ -97,6 +100,7 @@ def material(
     block = next(iter(Blocks(None, tok, context, one_in=one_in, seed=seed)))
     return {k: torch.from_numpy(block[k]).long() for k in ('input_ids', 'docs')}, HeldOut(texts, tok, get_recipe('tiny', context=context), vocab_size)
 
+# %% ../nbs/19_ablate.ipynb #22147341
 def begin(
     name:str,     # one of `ABLATIONS`
     seed:int=0,   # of weights and order
@@ -127,6 +131,7 @@ def watching_kept(
     finally:
         for h in hooks: h.remove()
 
+# %% ../nbs/19_ablate.ipynb #38faab38
 def kept(
     whale:Whale,   # trained or not
     rows:dict,     # input_ids and docs [n,T]
@@ -135,6 +140,7 @@ def kept(
     with torch.no_grad(), watching_kept(whale) as shares: whale(rows['input_ids'], docs=rows['docs']).logits
     return [round(s, 4) for s in shares]
 
+# %% ../nbs/19_ablate.ipynb #f200c88f
 @contextmanager
 def routing_by_lot(
     whale:Whale,   # at work inside
@@ -181,6 +187,7 @@ def pace(
     ratios = [seconds(other, i)/seconds(base, i) for i in range(repeats+2)]
     return round(median(ratios[2:]), 3)
 
+# %% ../nbs/19_ablate.ipynb #2fd073e5
 def steps_for(
     pace:float,  # of the variant
     steps:int,   # of the base
@@ -195,6 +202,7 @@ def commit() -> str:
     if not (root/'.git').exists(): return __version__
     return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
 
+# %% ../nbs/19_ablate.ipynb #fb991f8b
 def entries(
     path:str|Path,   # written by `ablate`
     steps:int,       # of the base
@@ -203,6 +211,7 @@ def entries(
     path = Path(path)
     return [r for r in json.loads(path.read_text()) if r['base_steps']==steps] if path.exists() else []
 
+# %% ../nbs/19_ablate.ipynb #0948c018
 def against_base(
     runs:list[dict],         # from `entries`
     name:str,                # one of `ABLATIONS`
@@ -211,9 +220,12 @@ def against_base(
 ) -> list[float]:            # one for each seed; above 0: worse than the base
     "Differences from the base, seed by seed; a variant as fast as the base has one run for both kinds of equality"
     of = lambda n, e: {r['seed']: r[what] for r in runs if r['name']==n and r['equal']==e}
-    base,mine = of('base', 'tokens'),of(name, 'tokens') | of(name, equal)
+    cost,steps = pace_of(runs, name),max((r.get('base_steps', 100) for r in runs), default=100)
+    one_run = cost is None or steps_for(cost, steps)==steps
+    base,mine = of('base', 'tokens'),(of(name, 'tokens') if one_run else {}) | of(name, equal)
     return [round(mine[s]-base[s], 4) for s in sorted(mine.keys() & base.keys())]
 
+# %% ../nbs/19_ablate.ipynb #5550c9d4
 def pace_of(
     runs:list[dict],   # from `entries`
     name:str,          # one of `ABLATIONS`
@@ -221,12 +233,14 @@ def pace_of(
     "The cost of its step, as a multiple of the base's; None, where it has not been measured"
     return next((r['pace'] for r in runs if r['name']==name and r['equal']=='pace'), None)
 
+# %% ../nbs/19_ablate.ipynb #fcf30196
 def shown(
     x:list[float],   # one value a seed
 ) -> str:
     "Mean and standard deviation, as far as there are enough values for them"
     return f'{mean(x):+.3f} +- {stdev(x):.3f}' if len(x)>1 else f'{x[0]:+.3f}' if x else '-'
 
+# %% ../nbs/19_ablate.ipynb #51dd57a5
 def table(
     runs:list[dict],   # from `entries`
 ) -> str:

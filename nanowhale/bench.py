@@ -152,6 +152,7 @@ def step_memory(
     step(); step()
     return peak_memory(device)
 
+# %% ../nbs/18_bench.ipynb #a86f41d9
 def in_fresh_process(
     f,     # a function of a module
     *args, # plain values
@@ -169,6 +170,7 @@ def token_bytes(
     n = count_params(cfg, active=True)
     return (sum(n.values())-n['mtp']-n['embed']+cfg.hidden_size)*per_number+cache_bytes(cfg, T, per_number)
 
+# %% ../nbs/18_bench.ipynb #918659ab
 def measure_training(
     sides:dict,          # name -> model
     B:int, T:int,        # rows and context
@@ -185,6 +187,7 @@ def measure_training(
     losses = {name: round(job().item(), 5) for name,job in jobs.items()}
     return losses, {name: round(B*T/s, 1) for name,s in alternate(jobs, repeats, device).items()}
 
+# %% ../nbs/18_bench.ipynb #aa4da9af
 def measure_writing(
     sides:dict,          # name -> model
     T:int, prompt:int,   # tokens to read at once; tokens before the first that is decoded
@@ -260,6 +263,7 @@ def table(
     if 'profile' in res: lines += ['']+[f'{part:12}{s*1000:>10.1f} ms {s/res["profile"]["step"]:>6.0%}' for part,s in res['profile'].items()]
     return '\n'.join(lines)
 
+# %% ../nbs/18_bench.ipynb #aed5484c
 def add_to(
     path:str|Path,  # a JSON list; made if needed
     res:dict,       # from `bench`, or any other figures
@@ -281,6 +285,7 @@ def there_and_back(
         y.backward(torch.ones_like(y))
     return job
 
+# %% ../nbs/18_bench.ipynb #deaa94ef
 def profile_step(
     preset:str,            # of the model
     device:torch.device,   # where to run

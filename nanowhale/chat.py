@@ -21,6 +21,7 @@ ROLES = ('system', 'user', 'assistant')
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + '\n' + m['content'] | trim + eos_token }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
 
+# %% ../nbs/16_chat.ipynb #98d16273
 def with_template(
     tok,   # a transformers tokenizer; changed in place
 ):  # -> the same
@@ -41,6 +42,7 @@ def check_messages(
         if not isinstance(m.get('content'), str) or not m['content'].strip(): raise bad(f'a message of the {m["role"]} has no text in "content"')
     return [dict(role=m['role'], content=m['content']) for m in messages]
 
+# %% ../nbs/16_chat.ipynb #44760aaf
 def parse_chat(
     text:str,   # JSON of a list of messages, as `open_texts` gives conversations
 ) -> list[dict]:
@@ -58,6 +60,7 @@ def render(tok, messages, **kw):
         return text
     except Exception as e: raise ValueError(f"the tokenizer's chat template does not take this conversation ({first_line(e)})") from None
 
+# %% ../nbs/16_chat.ipynb #5a8feba4
 def answer_spans(
     tok,                   # a tokenizer with a template
     messages:list[dict],   # a conversation
@@ -72,6 +75,7 @@ def answer_spans(
         spans.append((len(before), len(after)))
     return spans
 
+# %% ../nbs/16_chat.ipynb #6ed2a319
 def encode_chat(
     tok,                   # a tokenizer with a template
     messages:list[dict],   # a conversation
@@ -100,6 +104,7 @@ def parts_of(
         return parts_of(tok, messages[:at], size)+parts_of(tok, head+messages[at:], size)
     return [(ids[:size], labels[:size])] if any(l!=-100 for l in labels[:size]) else []
 
+# %% ../nbs/16_chat.ipynb #8ebd7e66
 def pack_chats(
     tok,               # a tokenizer with a template
     texts:list[str],   # conversations, as JSON
@@ -143,6 +148,7 @@ class HeldOutChats(HeldOut):
             said.append(f'{c[0]["content"].strip()} -> {talk.answer(c[0]["content"], lambda s: None).strip()}')
         return '\n'.join(said)
 
+# %% ../nbs/16_chat.ipynb #23479908
 class ChatRun(Run):
     "A run on conversations"
     held_out,fit_tokenizer,try_it = HeldOutChats,staticmethod(with_template),'chat'

@@ -32,6 +32,7 @@ def kind(
     if isinstance(x, (list, tuple, dict)): return f'a {type(x).__name__} of {len(x)}'
     return 'nothing (is a `return` missing?)' if x is None else f'{x!r:.40}' if isinstance(x, (int, float, str)) else f'a {type(x).__name__}'
 
+# %% ../nbs/21_checker.ipynb #d8ec51e0
 def difference(
     got,               # what the reader's function gave
     want,              # what it should give
@@ -49,6 +50,7 @@ def difference(
     same = math.isclose(got, want, rel_tol=1e-4, abs_tol=1e-6) if both else got is want or (type(got) is type(want) and got==want)
     return None if same else f'{what} is {kind(got)}, not {kind(want)}'
 
+# %% ../nbs/21_checker.ipynb #88bb8623
 def tensor_difference(got, want, what):
     "As `difference`, for tensors: shape and type, then the place where they are furthest apart"
     if not isinstance(got, Tensor) or got.shape!=want.shape or got.dtype!=want.dtype: return f'{what} is {kind(got)}, not {kind(want)}'
@@ -66,6 +68,7 @@ def copied(x):
     if isinstance(x, (list, tuple)): return type(x)(map(copied, x))
     return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
+# %% ../nbs/21_checker.ipynb #846b40ea
 def tensors(
     x,   # a value
 ) -> Iterator[Tensor]:
@@ -74,6 +77,7 @@ def tensors(
     elif isinstance(x, (list, tuple, dict)):
         for v in x.values() if isinstance(x, dict) else x: yield from tensors(v)
 
+# %% ../nbs/21_checker.ipynb #cb715580
 class Spoiled(Exception): "An argument was changed in place"
 
 def outcome(
@@ -90,6 +94,7 @@ def outcome(
     grads = torch.autograd.grad(sum(ends), leaves, allow_unused=True) if ends else [None]*len(leaves)
     return copied_values(out), [torch.zeros_like(t) if g is None else g for g,t in zip(grads, leaves)]
 
+# %% ../nbs/21_checker.ipynb #df35a5f5
 def copied_values(x):
     "As `copied`, without gradients"
     with torch.no_grad(): return copied(x)
@@ -101,8 +106,10 @@ def drawn(ex:Exercise) -> list:
         torch.manual_seed(0)
         return ex.calls()
 
+# %% ../nbs/21_checker.ipynb #11b35b1f
 def given(args): return f'it was given {", ".join(map(kind, args))}'   # the end of a message
 
+# %% ../nbs/21_checker.ipynb #0f8216d3
 def verdict(
     name:str,     # one of `EXERCISES`
     f:Callable,   # the reader's function
@@ -131,6 +138,7 @@ def answer(
     "What the right function returns for arguments of your own"
     return outcome(EXERCISES[name].right, args)[0]
 
+# %% ../nbs/21_checker.ipynb #abdd1a2b
 def check(
     name:str,     # of the exercise, as the chapter gives it
     f:Callable,   # the function that you wrote
