@@ -136,7 +136,7 @@ def mixes_of(
 ) -> dict:
     "What `watching_mixes` sees, in a pass of its own"
     ids,docs = rows['input_ids'][:1],rows['docs'][:1]
-    with torch.no_grad(), cast(ids.device, precision), watching_mixes(whale) as mixes: whale(ids, docs=docs)
+    with torch.no_grad(), cast(ids.device, precision), watching_mixes(whale) as mixes: whale(ids, labels=ids, docs=docs)
     return mixes
 
 # %% ../nbs/15_step.ipynb #5dd9a2fb
