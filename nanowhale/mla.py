@@ -120,6 +120,8 @@ class SinkAttention(torch.autograd.Function):
         return dq, dkv.mT.to(kv.dtype), dsink.to(sinks.dtype), None
 
 # %% ../nbs/02_mla.ipynb #9d493896
+_uncompiled = torch.compiler.disable(SinkAttention.apply)   # on a processor a compiler would take minutes over chunks of so many sizes, and gain nothing
+
 def attend(
     q:Tensor,                  # [B,T,H,K] queries, rotated
     kv:Tensor,                 # [B,S,K] shared keys = values, rotated
@@ -137,7 +139,7 @@ def attend(
         B = max(len(mask), len(far_mask))
         kv,mask = torch.cat([kv, far], 1),torch.cat([mask.expand(B, -1, -1), far_mask.expand(B, -1, -1)], -1)
     if T==1: return attend_dense(q, kv, sinks, mask, lse)
-    o,total = SinkAttention.apply(q, kv.to(q.dtype), sinks, mask)
+    o,total = (_uncompiled if q.device.type=='cpu' else SinkAttention.apply)(q, kv.to(q.dtype), sinks, mask)
     return (o, total) if lse else o
 
 # %% ../nbs/02_mla.ipynb #8629bbfa

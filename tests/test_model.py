@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 import nanowhale.model
-from nanowhale import moe
+from nanowhale import mla, moe
 from nanowhale.config import SWA, WhaleConfig, count_params, nanowhale_100m, tiny
 from nanowhale.mla import KVCache
 from nanowhale.model import Cache, Whale, init_weights, views
@@ -500,6 +500,7 @@ def test_a_step_is_one_graph_for_the_compiler(packed, monkeypatch):
     "As on a GPU, where the experts run in groups; a break would cost a launch and a wait"
     if not hasattr(torch.nn.functional, 'grouped_mm'): pytest.skip('this torch has no grouped products')
     monkeypatch.setattr(moe, 'one_by_one', moe.grouped)
+    monkeypatch.setattr(mla, '_uncompiled', mla.SinkAttention.apply)
     whale = Whale(replace(tiny(), num_hidden_layers=1)).bfloat16()
     ids = torch.randint(0, 4096, (2,100))
     docs = (torch.arange(100)>60).long().expand(2, -1) if packed else None
