@@ -176,7 +176,7 @@ def bench(args):
     for dtype in ('fp32', 'bf16'):
         for B,T in ((1,512), (2,1024), (1,2048)):
             words = ['bench', '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', args.repeats]
-            print(nanowhale(*words, '--profile', '--out', path), flush=True)
+            print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
     rows = json.loads(path.read_text())
     head = provenance('python tests/measure.py bench')
     path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
