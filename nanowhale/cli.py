@@ -171,9 +171,9 @@ def with_values(
     values,  # a dataclass: the options it takes there
 ):
     "`f` with every value of the dataclass as an option of its own; one that is not given stays the recipe's"
-    def command(**options): return f(**{k: v for k,v in options.items() if v is not None or k not in more})
+    def command(**options): return f(**{k: v for k,v in options.items() if k not in more or not (v is None or v is False)})
     own,more = (docments(x, full=True, returns=False, eval_str=True) for x in (f, values))
-    kind = lambda anno: next((t for t in (*getattr(anno, '__args__', ()), anno) if t in (int, float, str)), str)
+    kind = lambda anno: store_true if anno is bool else next((t for t in (*getattr(anno, '__args__', ()), anno) if t in (int, float, str)), str)
     option = lambda k, v, default: inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Param(v.docment, v.anno))
     del own['changes']
     for v in more.values(): v.anno,v.docment = kind(v.anno),f'{v.docment} (the tiny whale: {v.default})'
