@@ -1,0 +1,112 @@
+"""Ages: does the package work on the oldest and the newest of what `settings.ini` allows?
+
+    python tests/ages.py --python 3.11 --bounds lowest --out results/ages.json
+    python tests/ages.py --python python3.13 --bounds newest --pin torch==2.13.0 --out results/ages.json
+
+A new environment in a temporary folder, of the Python asked for; the wheel of the last commit, with every requirement at
+its lowest bound or at the newest release that the bounds allow (`--pin` names others); `pip check`; the import of every
+module of the wheel, outside the checkout; then the quick tests of the commit, in one process. The row it adds to the file says
+what was installed, what passed and what did not. A bound of `lowest` that pip cannot install is no bound: raise it.
+
+Left out are the tests that need npm or node, and the tools that no such test needs. The tools are the newest of their bounds:
+they are a contributor's, not a user's. torch takes up to 7 GB on a disk; the environment is deleted at the end.
+"""
+import argparse, json, os, re, shutil, subprocess, sys, tempfile, time
+import xml.etree.ElementTree as ET
+from configparser import ConfigParser
+from pathlib import Path
+from runs import ROOT, provenance
+
+LEFT_OUT = ('test_site.py', 'test_explorers.py')
+NO_TOOL = ('jupyter', 'ruff', 'tensorboard')
+
+def name(r): return re.match(r'[\w-]+', r)[0]
+def lowest(r): return f'{name(r)}=={re.search(r">=([^,]+)", r)[1]}'
+
+def quiet(*cmd, log, **kw):
+    "Run, with all that it says in a file; the exit code"
+    with open(log, 'a') as f: return subprocess.run(list(map(str, cmd)), stdout=f, stderr=subprocess.STDOUT, check=False, **kw).returncode
+
+def say(*cmd, **kw): return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, check=False, **kw)
+
+def interpreter(python):
+    "A version, a command or a path"
+    for p in (python, f'python{python}'):
+        if found := shutil.which(p): return found
+    raise SystemExit(f'ages: no Python {python} here')
+
+def counts(junit):
+    "What pytest wrote: how many of each, which failed, and why the skipped ones were skipped"
+    got,failed,skipped = dict(passed=0, failed=0, skipped=0),[],{}
+    for case in ET.parse(junit).getroot().iter('testcase'):
+        bad,skip = [c for c in case if c.tag in ('failure', 'error')],case.find('skipped')
+        got['failed' if bad else 'passed' if skip is None else 'skipped'] += 1
+        if bad: failed.append(f'{case.get("classname")}::{case.get("name")}: {bad[0].get("message")}'.replace('\n', ' ')[:300])
+        elif skip is not None: skipped[skip.get('message')] = skipped.get(skip.get('message'), 0)+1
+    return got|dict(failures=failed, skips=dict(sorted(skipped.items())))
+
+def age(args, home):
+    ini = ConfigParser(interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    cfg,log,copy = ini['DEFAULT'],home/'log.txt',home/'copy'
+    need,python = cfg['requirements'].split(),home/'venv'/'bin'/'python'
+    env = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
+    env.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PIP_DISABLE_PIP_VERSION_CHECK='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
+    copy.mkdir()
+    subprocess.run(f'git archive HEAD | tar x -C {copy}', shell=True, cwd=ROOT, check=True)
+    assert (ROOT/'settings.ini').read_bytes()==(copy/'settings.ini').read_bytes(), 'commit settings.ini first'
+
+    start = time.time()
+    tools = [r for r in cfg['dev_requirements'].split() if name(r) not in {*NO_TOOL, *map(name, need)}]
+    (home/'constraints.txt').write_text('\n'.join([*args.pin, *(lowest(r) for r in need if args.bounds=='lowest' and name(r) not in map(name, args.pin))])+'\n')
+    assert quiet(interpreter(args.python), '-m', 'venv', home/'venv', log=log)==0, log.read_text()
+    pip = [python, '-m', 'pip', '-q']
+    bad = (quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
+        or quiet(*pip, 'install', '-c', home/'constraints.txt', *(home/'dist').glob('*.whl'), *tools, log=log, env=env))
+    installed = time.time()
+    if bad: return dict(install=re.sub(r'\s+', ' ', log.read_text())[-600:])
+    consistent = say(*pip, 'check', env=env)
+
+    ask = f'import json, sys, importlib.metadata as m\nprint(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n in {[*map(name, need), "numpy"]}}})))'
+    versions = json.loads(say(python, '-c', ask, cwd=home, env=env).stdout)
+    modules = sorted(p.stem for p in (copy/'nanowhale').glob('*.py') if p.stem!='__init__')
+    look = say(python, '-W', 'error::DeprecationWarning:nanowhale', '-c', 'import importlib, nanowhale\nassert "site-packages" in nanowhale.__file__\n'
+        +f'for n in {modules}: importlib.import_module("nanowhale."+n); print(n)', cwd=home, env=env)
+    imported = look.stdout.split()
+
+    files = args.tests or sorted(str(p.relative_to(copy)) for p in (copy/'tests').glob('test_*.py') if p.name not in LEFT_OUT)
+    begun = time.time()
+    nice = [] if os.name=='nt' else ['nice', '-n', '15']
+    cmd = [*nice, python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--junitxml', home/'junit.xml', *files]
+    try: code = quiet(*cmd, log=log, cwd=copy, env=env|dict(PYTHONPATH=str(copy)), timeout=60*args.minutes)
+    except subprocess.TimeoutExpired: code = f'stopped after {args.minutes} minutes'
+    tests = counts(home/'junit.xml') if (home/'junit.xml').exists() else dict(passed=0, failed=0, skipped=0, failures=[f'pytest: {code}', log.read_text()[-600:]], skips={})
+    if args.log: shutil.copy(log, args.log)
+    return dict(versions=versions, consistent=consistent.returncode==0, modules=dict(imported=len(imported), of=len(modules), error=look.stderr[-300:]),
+        files='tests, without '+' '.join(LEFT_OUT) if not args.tests else ' '.join(files), **tests,
+        minutes=dict(install=round((installed-start)/60, 1), tests=round((time.time()-begun)/60, 1)))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--python', default=f'{sys.version_info[0]}.{sys.version_info[1]}', help='version, command or path of an interpreter')
+    p.add_argument('--bounds', choices=('lowest', 'newest'), required=True, help='which releases of the requirements')
+    p.add_argument('--pin', nargs='*', default=[], metavar='NAME==VERSION', help='releases that differ from it')
+    p.add_argument('--tests', nargs='*', help='test files, instead of the quick ones')
+    p.add_argument('--minutes', type=float, default=60, help='the tests may take')
+    p.add_argument('--out', type=Path, help='add the row to this file')
+    p.add_argument('--log', type=Path, help='keep what pip and pytest said here')
+    args = p.parse_args()
+    python = say(interpreter(args.python), '-c', 'import sys; print("%d.%d" % sys.version_info[:2])').stdout.strip()
+    words = ['--python', python, '--bounds', args.bounds, *(['--pin', *args.pin] if args.pin else []), *(['--tests', *args.tests] if args.tests else [])]
+    head = provenance(' '.join(['python tests/ages.py', *words]))
+    with tempfile.TemporaryDirectory() as d: row = age(args, Path(d))
+    torch = row.get('versions', {}).get('torch', 'missing')
+    row = head|dict(hardware=re.sub(r'torch .*', f'torch {torch}', head['hardware']))|row
+    key = f'Python {python}, {args.bounds}'+''.join(f', {p}' for p in args.pin)
+    print(json.dumps({key: row}, indent=1))
+    if args.out:
+        rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps(rows|{key: row}, indent=1)+'\n')
+    return int('install' in row or bool(row['failed']) or not row['consistent'] or row['modules']['imported']<row['modules']['of'])
+
+if __name__=='__main__': sys.exit(main())
