@@ -18,7 +18,7 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 LEFT_OUT = ('test_site.py', 'test_explorers.py')
-NO_TOOL = ('jupyter', 'ruff', 'tensorboard')
+NO_TOOL = ('jupyter', 'ruff')
 
 def name(r): return re.match(r'[\w-]+', r)[0]
 def lowest(r): return f'{name(r)}=={re.search(r">=([^,]+)", r)[1]}'
