@@ -8,8 +8,9 @@ its lowest bound or at the newest release that the bounds allow (`--pin` names o
 module of the wheel, outside the checkout; then the quick tests of the commit, in one process. The row it adds to the file says
 what was installed, what passed and what did not. A bound of `lowest` that pip cannot install is no bound: raise it.
 
-Left out are the tests that need npm or node, and the tools that no such test needs. The tools are the newest of their bounds:
-they are a contributor's, not a user's. torch takes up to 7 GB on a disk; the environment is deleted at the end.
+Left out are the tests that need npm or node, and the tools that no such test needs. Tools are the newest of their bounds: they
+are a contributor's, not a user's. For that reason `lowest` leaves out those that want a later fastcore too, and with them the
+tests of the export (tests/test_project.py). torch takes up to 7 GB on a disk; the environment is deleted at the end.
 """
 import argparse, json, os, re, shutil, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as ET
@@ -18,7 +19,7 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 LEFT_OUT = ('test_site.py', 'test_explorers.py')
-NO_TOOL = ('jupyter', 'ruff')
+NO_TOOL = dict(newest=('jupyter', 'ruff'), lowest=('jupyter', 'ruff', 'nbdev', 'execnb', 'ghapi'))
 
 def name(r): return re.match(r'[\w-]+', r)[0]
 def lowest(r): return f'{name(r)}=={re.search(r">=([^,]+)", r)[1]}'
@@ -57,17 +58,18 @@ def age(args, home):
     assert (ROOT/'settings.ini').read_bytes()==(copy/'settings.ini').read_bytes(), 'commit settings.ini first'
 
     start = time.time()
-    tools = [r for r in cfg['dev_requirements'].split() if name(r) not in {*NO_TOOL, *map(name, need)}]
+    tools = [r for r in cfg['dev_requirements'].split() if name(r) not in {*NO_TOOL[args.bounds], *map(name, need)}]
     (home/'constraints.txt').write_text('\n'.join([*args.pin, *(lowest(r) for r in need if args.bounds=='lowest' and name(r) not in map(name, args.pin))])+'\n')
     assert quiet(interpreter(args.python), '-m', 'venv', home/'venv', log=log)==0, log.read_text()
     pip = [python, '-m', 'pip', '-q']
     bad = (quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
         or quiet(*pip, 'install', '-c', home/'constraints.txt', *(home/'dist').glob('*.whl'), *tools, log=log, env=env))
     installed = time.time()
-    if bad: return dict(install=re.sub(r'\s+', ' ', log.read_text())[-600:])
+    if bad: return dict(install=' '.join(l for l in log.read_text().splitlines() if not l.startswith('WARNING'))[-600:])
     consistent = say(*pip, 'check', env=env)
 
-    ask = f'import json, sys, importlib.metadata as m\nprint(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n in {[*map(name, need), "numpy"]}}})))'
+    ask = f"""import json, sys, importlib.metadata as m
+print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n in {[*map(name, need), 'numpy']}}})))"""
     versions = json.loads(say(python, '-c', ask, cwd=home, env=env).stdout)
     modules = sorted(p.stem for p in (copy/'nanowhale').glob('*.py') if p.stem!='__init__')
     look = say(python, '-W', 'error::DeprecationWarning:nanowhale', '-c', 'import importlib, nanowhale\nassert "site-packages" in nanowhale.__file__\n'
@@ -80,7 +82,8 @@ def age(args, home):
     cmd = [*nice, python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--junitxml', home/'junit.xml', *files]
     try: code = quiet(*cmd, log=log, cwd=copy, env=env|dict(PYTHONPATH=str(copy)), timeout=60*args.minutes)
     except subprocess.TimeoutExpired: code = f'stopped after {args.minutes} minutes'
-    tests = counts(home/'junit.xml') if (home/'junit.xml').exists() else dict(passed=0, failed=0, skipped=0, failures=[f'pytest: {code}', log.read_text()[-600:]], skips={})
+    nothing = dict(passed=0, failed=0, skipped=0, failures=[f'pytest: {code}', log.read_text()[-600:]], skips={})
+    tests = counts(home/'junit.xml') if (home/'junit.xml').exists() else nothing
     if args.log: shutil.copy(log, args.log)
     return dict(versions=versions, consistent=consistent.returncode==0, modules=dict(imported=len(imported), of=len(modules), error=look.stderr[-300:]),
         files='tests, without '+' '.join(LEFT_OUT) if not args.tests else ' '.join(files), **tests,
