@@ -10,14 +10,17 @@ what was installed, what passed and what did not. A bound of `lowest` that pip c
 
 Left out are the tests that need npm or node, and the tools that no such test needs. Tools are the newest of their bounds: they
 are a contributor's, not a user's. For that reason `lowest` leaves out those that want a later fastcore too, and with them the
-tests of the export (tests/test_project.py). torch takes up to 7 GB on a disk; the environment is deleted at the end.
+tests of the export (tests/test_project.py). Where `--minutes` are too few, the files of `FIRST` have run, which meet other people's
+code most, and the row says how many tests there were. torch takes up to 7 GB on a disk; the environment is deleted at the end, but
+for one that `--venv` names: it is kept, and used again by the next call.
 """
-import argparse, json, os, re, shutil, subprocess, sys, tempfile, time
+import argparse, json, os, re, shutil, signal, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as ET
 from configparser import ConfigParser
 from pathlib import Path
 from runs import ROOT, provenance
 
+FIRST = [f'test_{n}.py' for n in 'golden hub weights legacy parity cli checkpoint data generate linear optim train config chat model stream'.split()]
 LEFT_OUT = ('test_site.py', 'test_explorers.py')
 NO_TOOL = dict(newest=('jupyter', 'ruff'), lowest=('jupyter', 'ruff', 'nbdev', 'execnb', 'ghapi'))
 
@@ -27,6 +30,14 @@ def lowest(r): return f'{name(r)}=={re.search(r">=([^,]+)", r)[1]}'
 def quiet(*cmd, log, **kw):
     "Run, with all that it says in a file; the exit code"
     with open(log, 'a') as f: return subprocess.run(list(map(str, cmd)), stdout=f, stderr=subprocess.STDOUT, check=False, **kw).returncode
+
+def limited(cmd, minutes, log, **kw):
+    "The same, interrupted as if from the keyboard when the time is up; whether it was. A shell may have told its children to ignore that"
+    with open(log, 'a') as f:
+        p = subprocess.Popen(list(map(str, cmd)), stdout=f, stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)
+        try: p.wait(60*minutes)
+        except subprocess.TimeoutExpired: p.send_signal(signal.SIGINT); p.wait(60); return True
+        return False
 
 def say(*cmd, **kw): return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, check=False, **kw)
 
@@ -49,8 +60,8 @@ def counts(junit):
 def age(args, home):
     ini = ConfigParser(interpolation=None)
     ini.read(ROOT/'settings.ini', encoding='utf-8')
-    cfg,log,copy = ini['DEFAULT'],home/'log.txt',home/'copy'
-    need,python = cfg['requirements'].split(),home/'venv'/'bin'/'python'
+    cfg,log,copy,venv = ini['DEFAULT'],home/'log.txt',home/'copy',args.venv or home/'venv'
+    need,python = cfg['requirements'].split(),venv.absolute()/'bin'/'python'
     env = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
     env.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PIP_DISABLE_PIP_VERSION_CHECK='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
     copy.mkdir()
@@ -60,7 +71,7 @@ def age(args, home):
     start = time.time()
     tools = [r for r in cfg['dev_requirements'].split() if name(r) not in {*NO_TOOL[args.bounds], *map(name, need)}]
     (home/'constraints.txt').write_text('\n'.join([*args.pin, *(lowest(r) for r in need if args.bounds=='lowest' and name(r) not in map(name, args.pin))])+'\n')
-    assert quiet(interpreter(args.python), '-m', 'venv', home/'venv', log=log)==0, log.read_text()
+    if not python.exists() and quiet(interpreter(args.python), '-m', 'venv', venv, log=log): raise SystemExit(log.read_text())
     pip = [python, '-m', 'pip', '-q']
     bad = (quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
         or quiet(*pip, 'install', '-c', home/'constraints.txt', *(home/'dist').glob('*.whl'), *tools, log=log, env=env))
@@ -76,17 +87,19 @@ print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n i
         +f'for n in {modules}: importlib.import_module("nanowhale."+n); print(n)', cwd=home, env=env)
     imported = look.stdout.split()
 
-    files = args.tests or sorted(str(p.relative_to(copy)) for p in (copy/'tests').glob('test_*.py') if p.name not in LEFT_OUT)
-    begun = time.time()
-    nice = [] if os.name=='nt' else ['nice', '-n', '15']
-    cmd = [*nice, python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--junitxml', home/'junit.xml', *files]
-    try: code = quiet(*cmd, log=log, cwd=copy, env=env|dict(PYTHONPATH=str(copy)), timeout=60*args.minutes)
-    except subprocess.TimeoutExpired: code = f'stopped after {args.minutes} minutes'
-    nothing = dict(passed=0, failed=0, skipped=0, failures=[f'pytest: {code}', log.read_text()[-600:]], skips={})
-    tests = counts(home/'junit.xml') if (home/'junit.xml').exists() else nothing
+    there = {p.name for p in (copy/'tests').glob('test_*.py')}-{*LEFT_OUT}
+    files = args.tests or [f'tests/{n}' for n in (*FIRST, *sorted(there-{*FIRST}))]
+    begun,nice = time.time(),[] if os.name=='nt' else ['nice', '-n', '15']
+    env['PYTHONPATH'] = str(copy)
+    pytest = [*nice, python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *files]
+    asked = say(*pytest, '--collect-only', cwd=copy, env=env).stdout
+    stopped = limited([*pytest, '--junitxml', home/'junit.xml'], args.minutes, log, cwd=copy, env=env)
+    nothing = dict(passed=0, failed=1, skipped=0, failures=['pytest: '+log.read_text()[-600:]], skips={})
+    tests = dict(tests=asked.count('::'), stopped=stopped)|(counts(home/'junit.xml') if (home/'junit.xml').exists() else nothing)
+    if not args.tests: tests['golden'] = json.loads(say(*nice, python, 'tests/test_golden.py', '--here', cwd=copy, env=env).stdout or 'null')
     if args.log: shutil.copy(log, args.log)
     return dict(versions=versions, consistent=consistent.returncode==0, modules=dict(imported=len(imported), of=len(modules), error=look.stderr[-300:]),
-        files='tests, without '+' '.join(LEFT_OUT) if not args.tests else ' '.join(files), **tests,
+        files=' '.join(args.tests or ['all but', *LEFT_OUT]), **tests,
         minutes=dict(install=round((installed-start)/60, 1), tests=round((time.time()-begun)/60, 1)))
 
 def main():
@@ -96,6 +109,7 @@ def main():
     p.add_argument('--pin', nargs='*', default=[], metavar='NAME==VERSION', help='releases that differ from it')
     p.add_argument('--tests', nargs='*', help='test files, instead of the quick ones')
     p.add_argument('--minutes', type=float, default=60, help='the tests may take')
+    p.add_argument('--venv', type=Path, help='an environment to keep, or one that was kept')
     p.add_argument('--out', type=Path, help='add the row to this file')
     p.add_argument('--log', type=Path, help='keep what pip and pytest said here')
     args = p.parse_args()
