@@ -71,10 +71,12 @@ def age(args, home):
     start = time.time()
     tools = [r for r in cfg['dev_requirements'].split() if name(r) not in {*NO_TOOL[args.bounds], *map(name, need)}]
     (home/'constraints.txt').write_text('\n'.join([*args.pin, *(lowest(r) for r in need if args.bounds=='lowest' and name(r) not in map(name, args.pin))])+'\n')
-    if not python.exists() and quiet(interpreter(args.python), '-m', 'venv', venv, log=log): raise SystemExit(log.read_text())
+    fresh = not python.exists()
+    if fresh and quiet(interpreter(args.python), '-m', 'venv', venv, log=log): raise SystemExit(log.read_text())
     pip = [python, '-m', 'pip', '-q']
     bad = (quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
-        or quiet(*pip, 'install', '-c', home/'constraints.txt', *(home/'dist').glob('*.whl'), *tools, log=log, env=env))
+        or quiet(*pip, 'install', '-c', home/'constraints.txt', *(home/'dist').glob('*.whl'), *tools, log=log, env=env)
+        or quiet(*pip, 'install', '--no-deps', '--force-reinstall', *(home/'dist').glob('*.whl'), log=log, env=env))   # a kept one may hold an older
     installed = time.time()
     if bad: return dict(install=' '.join(l for l in log.read_text().splitlines() if not l.startswith('WARNING'))[-600:])
     consistent = say(*pip, 'check', env=env)
@@ -100,7 +102,7 @@ print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n i
     if args.log: shutil.copy(log, args.log)
     return dict(versions=versions, consistent=consistent.returncode==0, modules=dict(imported=len(imported), of=len(modules), error=look.stderr[-300:]),
         files=' '.join(args.tests or ['all but', *LEFT_OUT]), **tests,
-        minutes=dict(install=round((installed-start)/60, 1), tests=round((time.time()-begun)/60, 1)))
+        minutes=dict(install=round((installed-start)/60, 1) if fresh else None, tests=round((time.time()-begun)/60, 1)))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
