@@ -58,14 +58,12 @@ def pair(cfg):
 
 @contextmanager
 def no_downcast():
-    """Inside, `x.float()` and `x.to(torch.float32)` leave float64 alone: transformers then computes in float64 throughout. But for the
-    angles, which both compute in float32; before 5.18 transformers multiplies positions and frequencies as matrices, here of two types"""
-    to,as_float,matmul = torch.Tensor.to,torch.Tensor.float,torch.Tensor.__matmul__
+    "Inside, `x.float()` and `x.to(torch.float32)` leave float64 alone: transformers then computes in float64 throughout"
+    to,as_float = torch.Tensor.to,torch.Tensor.float
     torch.Tensor.float = lambda x: x if x.dtype==torch.float64 else as_float(x)
     torch.Tensor.to = lambda x,*a,**kw: x if x.dtype==torch.float64 and a==(torch.float32,) else to(x, *a, **kw)
-    torch.Tensor.__matmul__ = lambda x,y: matmul(x, y) if x.dtype==y.dtype else matmul(to(x, torch.float32), to(y, torch.float32))
     try: yield
-    finally: torch.Tensor.to,torch.Tensor.float,torch.Tensor.__matmul__ = to,as_float,matmul
+    finally: torch.Tensor.to,torch.Tensor.float = to,as_float
 
 def run(model, ids, labels):
     "Logits, loss, and every parameter's gradient of that loss"
