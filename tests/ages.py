@@ -4,9 +4,9 @@
     python tests/ages.py --python python3.13 --bounds newest --pin torch==2.13.0 --out results/ages.json
 
 A new environment in a temporary folder, of the Python asked for; the wheel of the last commit, with every requirement at
-its lowest bound or at the newest release that the bounds allow (`--pin` names others); `pip check`; the import of every
-module of the wheel, outside the checkout; then the quick tests of the commit, in one process. The row it adds to the file says
-what was installed, what passed and what did not. A bound of `lowest` that pip cannot install is no bound: raise it.
+its lowest bound or at the newest release that the bounds allow (`--pin` names others); `pip check`, `nanowhale --help` and the
+import of every module of the wheel, outside the checkout; then the quick tests of the commit, in one process. The row it adds to
+the file says what was installed, what passed and what did not. A bound of `lowest` that pip cannot install is no bound: raise it.
 
 Left out are the tests that need npm or node, and the tools that no such test needs. Tools are the newest of their bounds: they
 are a contributor's, not a user's. For that reason `lowest` leaves out those that want a later fastcore too, and with them the
@@ -74,9 +74,10 @@ def age(args, home):
     fresh = not python.exists()
     if fresh and quiet(interpreter(args.python), '-m', 'venv', venv, log=log): raise SystemExit(log.read_text())
     pip = [python, '-m', 'pip', '-q']
-    bad = (quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
-        or quiet(*pip, 'install', '-c', home/'constraints.txt', *(home/'dist').glob('*.whl'), *tools, log=log, env=env)
-        or quiet(*pip, 'install', '--no-deps', '--force-reinstall', *(home/'dist').glob('*.whl'), log=log, env=env))   # a kept one may hold an older
+    wheels = lambda: [args.wheel] if args.wheel else (home/'dist').glob('*.whl')
+    bad = (not args.wheel and quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
+        or quiet(*pip, 'install', '-c', home/'constraints.txt', *wheels(), *tools, log=log, env=env)
+        or quiet(*pip, 'install', '--no-deps', '--force-reinstall', *wheels(), log=log, env=env))   # a kept environment may hold an older one
     installed = time.time()
     if bad: return dict(install=' '.join(l for l in log.read_text().splitlines() if not l.startswith('WARNING'))[-600:])
     consistent = say(*pip, 'check', env=env)
@@ -87,7 +88,7 @@ print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n i
     modules = sorted(p.stem for p in (copy/'nanowhale').glob('*.py') if p.stem!='__init__')
     look = say(python, '-W', 'error::DeprecationWarning:nanowhale', '-c', 'import importlib, nanowhale\nassert "site-packages" in nanowhale.__file__\n'
         +f'for n in {modules}: importlib.import_module("nanowhale."+n); print(n)', cwd=home, env=env)
-    imported = look.stdout.split()
+    imported,door = look.stdout.split(),say(python.parent/'nanowhale', '--help', cwd=home, env=env).returncode==0
 
     there = {p.name for p in (copy/'tests').glob('test_*.py')}-{*LEFT_OUT}
     files = args.tests or [f'tests/{n}' for n in (*FIRST, *sorted(there-{*FIRST}))]
@@ -102,8 +103,8 @@ print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n i
     else: tests |= dict(passed=0, failed=1, skipped=0, failures=['pytest: '+log.read_text()[-600:]], skips={})
     if not args.tests: tests['golden'] = json.loads(say(*nice, python, 'tests/test_golden.py', '--here', cwd=copy, env=env).stdout or 'null')
     if args.log: shutil.copy(log, args.log)
-    return dict(versions=versions, consistent=consistent.returncode==0, modules=dict(imported=len(imported), of=len(modules), error=look.stderr[-300:]),
-        files=' '.join(args.tests or ['all but', *LEFT_OUT]), **tests,
+    return dict(versions=versions, consistent=consistent.returncode==0, command_line=door,
+        modules=dict(imported=len(imported), of=len(modules), error=look.stderr[-300:]), files=' '.join(args.tests or ['all but', *LEFT_OUT]), **tests,
         minutes=dict(install=round((installed-start)/60, 1) if fresh else None, tests=round((time.time()-begun)/60, 1)))
 
 def main():
@@ -113,6 +114,7 @@ def main():
     p.add_argument('--pin', nargs='*', default=[], metavar='NAME==VERSION', help='releases that differ from it')
     p.add_argument('--tests', nargs='*', help='test files, instead of the quick ones')
     p.add_argument('--minutes', type=float, default=60, help='the tests may take')
+    p.add_argument('--wheel', type=Path, help='try this one, instead of one made of the last commit')
     p.add_argument('--venv', type=Path, help='an environment to keep, or one that was kept')
     p.add_argument('--out', type=Path, help='add the row to this file')
     p.add_argument('--log', type=Path, help='keep what pip and pytest said here')
@@ -128,6 +130,6 @@ def main():
     if args.out:
         rows = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(rows|{key: row}, indent=1)+'\n')
-    return int('install' in row or bool(row['failed']) or not row['consistent'] or row['modules']['imported']<row['modules']['of'])
+    return int('install' in row or bool(row['failed']) or not row['consistent'] or not row['command_line'] or row['modules']['imported']<row['modules']['of'])
 
 if __name__=='__main__': sys.exit(main())
