@@ -128,8 +128,8 @@ def main():
     key = f'Python {python}, {args.bounds}'+''.join(f', {p}' for p in args.pin)
     print(json.dumps({key: row}, indent=1))
     if args.out:
-        rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-        args.out.write_text(json.dumps(rows|{key: row}, indent=1)+'\n')
+        whole = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps(whole|dict(ages=whole.get('ages', {})|{key: row}), indent=1)+'\n')
     return int('install' in row or bool(row['failed']) or not row['consistent'] or not row['command_line'] or row['modules']['imported']<row['modules']['of'])
 
 if __name__=='__main__': sys.exit(main())

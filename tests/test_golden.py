@@ -5,7 +5,13 @@
     python tests/test_golden.py --make     writes those files; only for a change that alters the mathematics on purpose, which must say so
 
 `golden/run.json` and `golden/run.tar.xz` are a run of a very small whale with all kinds of layers after one of two steps: the recipe;
-metrics, checkpoint and trainer's state. `golden/losses.json` holds ten losses of each preset made small, and a few logits.
+metrics, checkpoint and trainer's state. `golden/losses.json` holds ten losses of each preset made small, and a few logits. Together they
+are 19 KB, and not much less is possible: numbers and moments of 280 tensors do not compress (8 KB), nor does the state of torch's random
+numbers (3 KB); the names of the tensors take 3 KB more, JSON files the rest.
+
+Tolerance: where the files were made, on x86-64 Linux, 1e-5. The largest differences seen there are 1e-6 in a logit and 5e-7 in a loss, for
+torch 2.9 and 2.13, one and two threads, with and without AVX2 and AVX-512 (`--far`; results/ages.json keeps what it said). Other processors
+and systems, which nobody has measured, add up in another order, which ten steps at gentle rates may make larger: 1e-3.
 """
 import argparse, ast, io, json, os, platform, re, shutil, subprocess, sys, tarfile, tempfile
 from configparser import ConfigParser
@@ -21,12 +27,12 @@ from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.model import Whale
 from nanowhale.optim import make_optimizers
 from nanowhale.step import get_recipe, train_step
-from runs import ROOT, jsonl, texts
+from runs import ROOT, jsonl, provenance, texts
 
 GOLDEN = Path(__file__).parent/'golden'
 STEP = 'step-00000001'
 RUN = ['--data', 'words.jsonl', '--steps', '2', '--evals', '2', '--batch-size', '2', '--context', '16', '--lr', '1e-3', '--muon-lr', '2e-3', '--buffer', '1000']
-TOLERANCE = 1e-5 if platform.machine()=='x86_64' and sys.platform=='linux' and torch.__version__.startswith('2.13') else 1e-3
+TOLERANCE = 1e-5 if platform.machine()=='x86_64' and sys.platform=='linux' else 1e-3
 
 SEEN = ('loss', 'mtp_loss', 'held_out_loss', 'grad_norm', 'balance_loss', 'indexer_loss')
 
@@ -207,8 +213,12 @@ if __name__=='__main__':
     what.add_argument('--make', action='store_true', help='write tests/golden')
     what.add_argument('--far', action='store_true', help='measure the differences, each way of adding up in a process of its own')
     what.add_argument('--here', action='store_true', help='measure them in this process')
+    p.add_argument('--out', type=Path, help='with --far: put what was measured into this file of results')
     args = p.parse_args()
     os.environ['TQDM_DISABLE'] = '1'
     train.Log.plot = lambda self: None
     if args.make: torch.set_num_threads(1); make()
-    else: print(json.dumps(far() if args.far else here(), indent=1))
+    else:
+        got = here() if args.here else provenance('python tests/test_golden.py --far')|dict(ways=far())
+        print(json.dumps(got, indent=1))
+        if args.out: args.out.write_text(json.dumps((json.loads(args.out.read_text()) if args.out.exists() else {})|dict(golden=got), indent=1)+'\n')
