@@ -20,7 +20,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from runs import ROOT, provenance
 
-FIRST = [f'test_{n}.py' for n in 'golden hub weights legacy parity cli checkpoint data generate linear optim train config chat model stream'.split()]
+FIRST = [f'test_{n}.py' for n in 'golden data weights parity config optim linear legacy model generate hub cli checkpoint train chat stream'.split()]
 LEFT_OUT = ('test_site.py', 'test_explorers.py')
 NO_TOOL = dict(newest=('jupyter', 'ruff'), lowest=('jupyter', 'ruff', 'nbdev', 'execnb', 'ghapi'))
 
