@@ -53,7 +53,7 @@ def counts(junit):
     for case in ET.parse(junit).getroot().iter('testcase'):
         bad,skip = [c for c in case if c.tag in ('failure', 'error')],case.find('skipped')
         got['failed' if bad else 'passed' if skip is None else 'skipped'] += 1
-        if bad: failed.append(f'{case.get("classname")}::{case.get("name")}: {bad[0].get("message")}'.replace('\n', ' ')[:300])
+        if bad: failed.append(f'{case.get("classname")}::{case.get("name")}: {re.sub(r"/tmp/[^ ]*/", "", bad[0].get("message"))}'.replace('\n', ' ')[:300])
         elif skip is not None: skipped[skip.get('message')] = skipped.get(skip.get('message'), 0)+1
     return got|dict(failures=failed, skips=dict(sorted(skipped.items())))
 
