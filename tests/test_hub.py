@@ -8,7 +8,7 @@ batch and commit. It does not speak Xet, the Hub's newer storage protocol, which
 `HF_HUB_DISABLE_XET` is set. What differs there is how bytes travel, neither names nor the checksums that the cache is built on.
 """
 import base64, hashlib, json, logging, os, re, subprocess, sys, threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
@@ -461,7 +461,8 @@ def test_a_tokenizer_never_asks_to_run_code(run, tmp_path):
     path = tmp_path/'run'/'tokenizer_config.json'
     path.write_text(json.dumps(read_json(path)|dict(tokenizer_class='Strange', auto_map=dict(AutoTokenizer=['tok.Strange', None]))))
     (tmp_path/'run'/'tok.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")\nclass Strange: pass')
-    with patch('builtins.input', return_value='y') as asked, pytest.raises(ValueError): load_tokenizer(tmp_path/'run')
+    old = tuple(map(int, transformers.__version__.split('.')[:2]))<(5, 22)   # these take the plain class instead
+    with patch('builtins.input', return_value='y') as asked, nullcontext() if old else pytest.raises(ValueError): load_tokenizer(tmp_path/'run')
     assert not asked.called and not (tmp_path/'ran').exists()
 
 if __name__=='__main__':
