@@ -106,6 +106,7 @@ def read_file(
     except Exception as e:
         if isinstance(e, NoText): raise
         if not local: raise OSError(f'{path} could not be read: {first_line(e)}') from None
+        if 'UTF-8' in str(e): raise ValueError(f'{path} is not UTF-8 text: convert it first, e.g. with `iconv -t utf-8`') from None   # pandas 2 says it so
         raise ValueError(f'{path} is not a readable {Path(path).suffix} file: {first_line(e)}') from None
 
 # %% ../nbs/10_data.ipynb #e217e797
