@@ -254,8 +254,9 @@ CUTS = lambda rng: 0, lambda rng: 1, lambda rng: rng.random()     # an empty fil
 CAMPAIGN = {   # kind: faults
     'kill -9 at a random moment': [killed('random moment')]*5, 'kill -9 while saving': [killed('mid-save')]*4,
     'lost data process': [killed('data process', ahead=1)]*2, 'SIGTERM': [signalled(signal.SIGTERM, 143)]*3, 'SIGINT': [signalled(signal.SIGINT, 130)]*3,
-    'truncated file': [truncated(n, kept) for n in FILES for kept in CUTS], 'full disk': [full_disk]*2,
-    'a file may not grow': [no_more_bytes], 'read-only folder': [read_only], 'network cut for a moment': [network(True)]*2, 'network cut for long': [network(False)]*2, 'clock jumps': [clock]*2,
+    'truncated file': [truncated(n, kept) for n in FILES for kept in CUTS],
+    'full disk': [full_disk]*2, 'a file may not grow': [no_more_bytes], 'read-only folder': [read_only],
+    'network cut for a moment': [network(True)]*2, 'network cut for long': [network(False)]*2, 'clock jumps': [clock]*2,
     'two new runs at once': [two_at_once]*2, 'a second --resume': [resumed_twice], 'lost rank': [lost_rank]}
 
 def main():
