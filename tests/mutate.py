@@ -8,7 +8,8 @@
 A mistake is a line of `MUTANTS`: module, old text, new text. It is made in a copy of the package in a temporary folder, never in
 the checkout. Then the tests of that module run until one fails; if none does, all others of `REST`. `tests/test_project.py` is left
 out: it would see every change of a generated file. At the end the tests that noticed something run on the healthy copy, where they
-must pass. A mistake whose old text is not in its module exactly once ends the command: the code has changed, plant it differently.
+must pass. Each row names the commit at which its mistake was planted. A mistake whose old text is not in its module exactly once ends
+the command: the code has changed, plant it differently.
 """
 import argparse, json, os, resource, shutil, signal, sys, tempfile, time
 from pathlib import Path
@@ -226,7 +227,8 @@ def keep(path, rows):
     for r in (json.loads(path.read_text())['mutants'] if path.exists() else [])+rows:
         if (m := (r['module'], r['old'], r['new'])) in known: known[m] = r
     rows = [r for r in known.values() if r]
-    path.write_text(json.dumps(dict(**provenance('python tests/mutate.py'), planted=len(rows), noticed=sum(bool(r['by']) for r in rows),
+    about = provenance('python tests/mutate.py') | dict(commit=', '.join(sorted({r['commit'] for r in rows})))
+    path.write_text(json.dumps(dict(**about, planted=len(rows), noticed=sum(bool(r['by']) for r in rows),
         minutes=round(sum(r['seconds'] for r in rows)/60, 1), mutants=rows), indent=1)+'\n')
 
 def main():
@@ -238,7 +240,7 @@ def main():
     p.add_argument('--limit', type=int, default=300, help='seconds that the tests of a module may compute')
     a = p.parse_args()
     load()
-    done = noticed_in(Path(a.out)) if a.again else set()
+    done,commit = noticed_in(Path(a.out)) if a.again else set(),provenance('')['commit']
     chosen,rows = [m for m in MUTANTS if m[0] in a.only and m not in done],[]
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d)
@@ -249,7 +251,7 @@ def main():
             began,healthy = time.monotonic(),plant(copy/'nanowhale', module, old, new)
             by = noticed(copy, module, a.limit, a.own)
             (copy/'nanowhale'/f'{module}.py').write_text(healthy)
-            rows.append(dict(module=module, old=old, new=new, by=by, seconds=round(time.monotonic()-began, 1)))
+            rows.append(dict(module=module, old=old, new=new, by=by, seconds=round(time.monotonic()-began, 1), commit=commit))
             if not by: rows[-1]['why'] = WHY.get((module, new), 'not explained')
             if a.out: keep(Path(a.out), rows)
             print(f'{rows[-1]["seconds"]:6} s  {module:10} {new.strip()[:60]:62} {by or "SURVIVED"}', flush=True)
