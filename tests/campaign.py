@@ -178,7 +178,7 @@ def no_more_bytes(p):
 
 def read_only(p):
     with disk(p, '-t', 'tmpfs', '-o', 'size=200m', 'tmpfs') as again:
-        p.done(STEPS-2)
+        p.done(STEPS-1)
         again('ro')
         assert 'Read-only' in one_line(*p.resume())
         p.whole(); again('rw'); p.exact()
