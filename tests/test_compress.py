@@ -268,6 +268,16 @@ def test_rows_of_one_document_have_one_indexers_loss():
         alone = [whale(row[None], labels=row[None], sparse=sparse).indexer_loss for row in ids]
         assert_close(whale(ids, labels=ids, sparse=sparse).indexer_loss, sum(alone)/3, atol=1e-9, rtol=1e-9)
 
+def test_the_indexers_loss_is_a_mean_over_the_queries_that_saw_an_entry():
+    g = torch.Generator().manual_seed(14)
+    scores,seen = torch.randn(2, 6, 4, generator=g).double(),torch.rand(2, 6, 4, generator=g)<0.4
+    seen[:,:2] = False
+    target = torch.rand(2, 6, 4, generator=g).double()*seen
+    target /= target.sum(-1, keepdim=True).clamp(min=1e-9)
+    each = [(p*(p/s.softmax(0)).log()).sum() for s,p in ((scores[b,t][m],target[b,t][m]) for b,t in seen.any(-1).nonzero().tolist() for m in [seen[b,t]])]
+    assert 2<len(each)<9
+    assert_close(compress.index_loss(scores, target, seen), sum(each)/len(each), atol=1e-9, rtol=1e-9)
+
 def test_sizes_that_a_file_claims_cost_nothing():
     with pytest.raises(ValueError, match='num_hidden_layers'): Whale.from_state_dict(WhaleConfig.from_hf(
         dict(model_type='deepseek_v4', num_hidden_layers=2*10**9, num_hash_layers=1)), whale_of().state_dict())
