@@ -278,6 +278,17 @@ def test_the_indexers_loss_is_a_mean_over_the_queries_that_saw_an_entry():
     assert 2<len(each)<9
     assert_close(compress.index_loss(scores, target, seen), sum(each)/len(each), atol=1e-9, rtol=1e-9)
 
+def test_balance_is_summed_over_blocks_and_what_indexers_lose_is_averaged(monkeypatch):
+    whale,ids,met = whale_of(layer_types=(CSA,CSA,HCA), num_nextn_predict_layers=1),torch.randint(30, (2,T)),{}
+    def noted(where, name):
+        real,found = getattr(where, name),met.setdefault(name, [])
+        def f(*args): found.append(real(*args)); return found[-1]
+        monkeypatch.setattr(where, name, f)
+    noted(moe, 'balance_loss'); noted(compress, 'index_loss')
+    out = whale(ids, labels=ids, sparse=False)
+    assert {k: len(v) for k,v in met.items()}==dict(balance_loss=4, index_loss=2)   # the MTP block has experts too
+    assert_close(out.balance_loss, sum(met['balance_loss'])); assert_close(out.indexer_loss, sum(met['index_loss'])/2)
+
 def test_sizes_that_a_file_claims_cost_nothing():
     with pytest.raises(ValueError, match='num_hidden_layers'): Whale.from_state_dict(WhaleConfig.from_hf(
         dict(model_type='deepseek_v4', num_hidden_layers=2*10**9, num_hash_layers=1)), whale_of().state_dict())
