@@ -70,6 +70,17 @@ def test_a_short_training_in_bf16_follows_fp32():
         ends[precision] = evaluate(whale, packed(8, 24, seed=0))['loss']
     assert abs(ends['bf16']-ends['fp32'])<0.05*ends['fp32']
 
+def test_losses_and_gradients_do_not_depend_on_how_rows_are_split():
+    "The balance loss, too, is a mean over all rows of the step, also where the last batch is smaller"
+    rows,found = packed(5, 24),{}
+    for size in (5, 2, 1):
+        whale,_ = whale_and_opts(Recipe())
+        sums,_,_ = add_gradients(whale, rows, size, balance_weight=1.)
+        found[size] = torch.stack([sums[k] for k in ('loss', 'mtp_loss', 'balance_loss')]),flat_grad(whale)
+    assert found[5][0].min()>0
+    for size in (2, 1):
+        for a,b in zip(found[size], found[5]): assert_close(a, b, atol=1e-5, rtol=1e-4)
+
 # ---------------------------------------------------------------- steps that are skipped
 
 @pytest.mark.parametrize('where', ['norm', 'one gradient', 'one row'])
