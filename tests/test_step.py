@@ -3,7 +3,7 @@ import copy, math
 from dataclasses import asdict, replace
 import pytest, torch
 from torch.testing import assert_close
-import nanowhale.train as T
+import nanowhale.step as S, nanowhale.train as T
 from nanowhale.checkpoint import trainer_state
 from nanowhale.config import tiny
 from nanowhale.evaluate import evaluate
@@ -80,6 +80,14 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_split():
     assert found[5][0].min()>0
     for size in (2, 1):
         for a,b in zip(found[size], found[5]): assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+def test_indexers_only_learn_for_the_first_share_of_the_steps(monkeypatch):
+    met,real = [],S.add_gradients
+    monkeypatch.setattr(S, 'add_gradients', lambda *args, sparse, **kw: met.append(sparse) or real(*args, sparse=sparse, **kw))
+    recipe = Recipe(steps=4, batch_size=2, dense=0.5)
+    whale,opts = whale_and_opts(recipe)
+    for i in range(4): train_step(whale, whale, opts, packed(2, 8), recipe, i)
+    assert met==[False, False, True, True]
 
 # ---------------------------------------------------------------- steps that are skipped
 
