@@ -81,6 +81,14 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_split():
     for size in (2, 1):
         for a,b in zip(found[size], found[5]): assert_close(a, b, atol=1e-5, rtol=1e-4)
 
+def test_each_optimizer_has_its_own_rate():
+    recipe = Recipe(steps=4, batch_size=2, lr=1e-3, muon_lr=0.02)
+    whale,opts = whale_and_opts(recipe)
+    for i in range(4):
+        factor = train_step(whale, whale, opts, packed(2, 8), recipe, i)['lr']/recipe.lr
+        for opt,lr in zip(opts, (1e-3, 0.02), strict=True):
+            for group in opt.param_groups: assert group['lr']==pytest.approx(lr*factor, rel=1e-9) and factor>0
+
 def test_indexers_only_learn_for_the_first_share_of_the_steps(monkeypatch):
     met,real = [],S.add_gradients
     monkeypatch.setattr(S, 'add_gradients', lambda *args, sparse, **kw: met.append(sparse) or real(*args, sparse=sparse, **kw))
