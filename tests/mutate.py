@@ -19,7 +19,7 @@ TESTS = dict(   # module -> its tests, the quickest first
     config='config compress properties', linear='linear mla', rope='rope properties compress', mla='mla block properties', compress='compress properties',
     moe='moe properties', hyper='hyper properties bugs', block='block',
     mtp='mtp bugs', weights='weights checkpoint', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
-    parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train', step='step train bugs',
+    parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train step', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
 REST = 'bugs properties model compress block mtp weights parity generate step evaluate train speculative chat checkpoint'
 
