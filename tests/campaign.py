@@ -12,7 +12,7 @@ import argparse, importlib.util, json, os, random, resource, shutil, signal, sub
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from nanowhale.checkpoint import checkpoints
+from nanowhale.checkpoint import checkpoints, link
 from nanowhale.cli import main as command
 from nanowhale.model import Whale
 from nanowhale.train import Log
@@ -76,6 +76,8 @@ class Place:
         for f in checkpoints(self.out):
             if f.name>f'step-{upto:08}': shutil.rmtree(f)
         for name in ('README.md', 'results.json'): (self.out/name).unlink()
+        for f in checkpoints(self.out)[-1].iterdir():
+            if f.is_file(): link(f, self.out/f.name)              # second names of the same bytes, as in a real run
 
     def saved(self): return max([int(f.name[5:]) for f in checkpoints(self.out)], default=0)
     def whole(self):
@@ -120,24 +122,33 @@ def signalled(signum, want):
         p.exact()
     return f
 
-def truncated(name):
-    "Of the last checkpoint, of one that has two; the line must name the file, and without that checkpoint the run goes on from the one before"
+def names(file, said):
+    "The file itself; `transformers` reads both of a tokenizer's, and does not say which of them it was"
+    return (f'{file.parent}: no tokenizer' if file.name.startswith('tokenizer') else str(file)) in said
+
+def truncated(name, kept):
+    "Of the last checkpoint, of one that has two; the line must name what is damaged, and without that checkpoint the run goes on from the one before"
     def f(p):
         p.done(STEPS-1)
         last = checkpoints(p.out)[-1]
-        file = p.out/name if name in ('run.json', 'metrics.jsonl') else last/name
+        file = p.out/name if name in OF_THE_RUN else last/name
         whole = file.read_bytes()
-        os.truncate(file, p.rng.randrange(len(whole)))
+        os.truncate(file, int(kept(p.rng)*(len(whole)-1)))
+        if name in LOADED:                                        # what generates needs it, and says so, or does without
+            code,err = Fork(['generate', 'a whale', '--tokens', 2, '--model', p.out], p.folder).end()
+            assert code==0 or names(p.out/name, one_line(code, err)), err[-500:]
         code,err = p.resume()
         if code:
             said = one_line(code, err)
-            assert str(last if file.parent!=p.out else p.out) in said, said
+            assert names(file, said), said
             if file.parent==p.out: file.write_bytes(whole)        # nothing but a copy brings these back; nothing else was harmed
             else: shutil.rmtree(last)
             assert p.resume()[0]==0
         if name=='metrics.jsonl':                                 # lines of the log are gone with the cut, the weights are not
             assert fingerprint(p.out)[1:]==p.want[1:]
         else: assert not (wrong := differences(fingerprint(p.out), p.want)), wrong
+        for n in LOADED:                                          # `transformers` notes in the other one that it was read from a folder
+            if n!='tokenizer_config.json': assert (p.out/n).read_bytes()==(p.folder/'whole'/n).read_bytes(), n
     return f
 
 @contextmanager
@@ -167,7 +178,7 @@ def no_more_bytes(p):
 
 def read_only(p):
     with disk(p, '-t', 'tmpfs', '-o', 'size=200m', 'tmpfs') as again:
-        p.done(STEPS-2)
+        p.done(STEPS-1)
         again('ro')
         assert 'Read-only' in one_line(*p.resume())
         p.whole(); again('rw'); p.exact()
@@ -236,12 +247,15 @@ def lost_rank(p):
     assert run.returncode and len(said)==1 and 'another process was lost' in said[0] and '--resume' in said[0], said
     p.whole()
 
-FILES = ('config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'trainer/optimizer.safetensors',
-    'trainer/state.json', 'run.json', 'metrics.jsonl')
+LOADED = 'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json'   # by whoever uses the model
+OF_THE_RUN = 'run.json', 'metrics.jsonl'
+FILES = *LOADED, 'trainer/optimizer.safetensors', 'trainer/state.json', *OF_THE_RUN
+CUTS = lambda rng: 0, lambda rng: 1, lambda rng: rng.random()     # an empty file, one without its last byte, any part of it
 CAMPAIGN = {   # kind: faults
     'kill -9 at a random moment': [killed('random moment')]*5, 'kill -9 while saving': [killed('mid-save')]*4,
     'lost data process': [killed('data process', ahead=1)]*2, 'SIGTERM': [signalled(signal.SIGTERM, 143)]*3, 'SIGINT': [signalled(signal.SIGINT, 130)]*3,
-    'truncated file': [truncated(n) for n in FILES]*2, 'full disk': [full_disk]*2, 'a file may not grow': [no_more_bytes], 'read-only folder': [read_only],
+    'truncated file': [truncated(n, kept) for n in FILES for kept in CUTS],
+    'full disk': [full_disk]*2, 'a file may not grow': [no_more_bytes], 'read-only folder': [read_only],
     'network cut for a moment': [network(True)]*2, 'network cut for long': [network(False)]*2, 'clock jumps': [clock]*2,
     'two new runs at once': [two_at_once]*2, 'a second --resume': [resumed_twice], 'lost rank': [lost_rank]}
 
@@ -258,6 +272,8 @@ def main():
     table,lost,began = {},[],time.monotonic()
     with tempfile.TemporaryDirectory() as d:
         place = Place(Path(d), random.Random(a.seed))
+        found = {str(f.relative_to(c)) for c in checkpoints(place.folder/'whole') for f in c.rglob('*') if f.is_file()}
+        assert found|{*OF_THE_RUN}=={*FILES}, f'each file of a checkpoint is to be cut: {found^{*FILES}}'
         for kind,faults in CAMPAIGN.items():
             if not any(w in kind for w in a.only): continue
             row = table[kind] = dict(tried=0, survived=0)

@@ -8,7 +8,8 @@
 A mistake is a line of `MUTANTS`: module, old text, new text. It is made in a copy of the package in a temporary folder, never in
 the checkout. Then the tests of that module run until one fails; if none does, all others of `REST`. `tests/test_project.py` is left
 out: it would see every change of a generated file. At the end the tests that noticed something run on the healthy copy, where they
-must pass. A mistake whose old text is not in its module exactly once ends the command: the code has changed, plant it differently.
+must pass. Each row names the commit at which its mistake was planted. A mistake whose old text is not in its module exactly once ends
+the command: the code has changed, plant it differently.
 """
 import argparse, json, os, resource, shutil, signal, sys, tempfile, time
 from pathlib import Path
@@ -18,7 +19,7 @@ TESTS = dict(   # module -> its tests, the quickest first
     config='config compress properties', linear='linear mla', rope='rope properties compress', mla='mla block properties', compress='compress properties',
     moe='moe properties', hyper='hyper properties bugs', block='block',
     mtp='mtp bugs', weights='weights checkpoint', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
-    parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train', step='step train bugs',
+    parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train step', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
 REST = 'bugs properties model compress block mtp weights parity generate step evaluate train speculative chat checkpoint'
 
@@ -99,7 +100,7 @@ MUTANTS = [   # module, old text, new text
     ('model', 'block(X, next_embeddings(e, docs), *seen[SWA])', 'block(X, next_embeddings(e), *seen[SWA])'),
     ('model', 'torch.stack(losses).mean()', 'torch.stack(losses).sum()'),
     ('model', 'for r in routings]).sum()', 'for r in routings]).mean()'),
-    ('model', 't.dtype.itemsize<kept[n].dtype.itemsize', 't.dtype.itemsize>kept[n].dtype.itemsize'),
+    ('model', 't.dtype.itemsize<min(4, kept', 't.dtype.itemsize>min(4, kept'),
     ('model', '(x<0) | (x>=V)', '(x<0) | (x>V)'),
     ('model', 'ends>=self.length-n', 'ends>self.length-n'),
     ('data', 'rows(doc, -1)', 'rows(doc, 0)'),
@@ -143,7 +144,7 @@ MUTANTS = [   # module, old text, new text
     ('step', 'falling = step>=max(', 'falling = step>max('),
     ('step', 'norm = math.hypot(*norms.values())', 'norm = sum(norms.values())'),
     ('step', "len(batch['docs'])/n)", "len(rows['docs'])/n)"),
-    ('step', 'sparse=step>=recipe.dense*recipe.steps', 'sparse=step<recipe.dense*recipe.steps'),
+    ('step', 'step>=recipe.dense*recipe.steps', 'step<recipe.dense*recipe.steps'),
     ('step', 'zip(opts, (recipe.lr, recipe.muon_lr))', 'zip(opts, (recipe.muon_lr, recipe.lr))'),
     ('train', 'range(1, recipe.evals+1)}', 'range(1, recipe.evals)}'),
     ('train', "scores['loss']<self.state['best'][1]", "scores['loss']>self.state['best'][1]"),
@@ -226,7 +227,8 @@ def keep(path, rows):
     for r in (json.loads(path.read_text())['mutants'] if path.exists() else [])+rows:
         if (m := (r['module'], r['old'], r['new'])) in known: known[m] = r
     rows = [r for r in known.values() if r]
-    path.write_text(json.dumps(dict(**provenance('python tests/mutate.py'), planted=len(rows), noticed=sum(bool(r['by']) for r in rows),
+    about = provenance('python tests/mutate.py') | dict(commit=', '.join(sorted({r['commit'] for r in rows})))
+    path.write_text(json.dumps(dict(**about, planted=len(rows), noticed=sum(bool(r['by']) for r in rows),
         minutes=round(sum(r['seconds'] for r in rows)/60, 1), mutants=rows), indent=1)+'\n')
 
 def main():
@@ -238,7 +240,7 @@ def main():
     p.add_argument('--limit', type=int, default=300, help='seconds that the tests of a module may compute')
     a = p.parse_args()
     load()
-    done = noticed_in(Path(a.out)) if a.again else set()
+    done,commit = noticed_in(Path(a.out)) if a.again else set(),provenance('')['commit']
     chosen,rows = [m for m in MUTANTS if m[0] in a.only and m not in done],[]
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d)
@@ -249,7 +251,7 @@ def main():
             began,healthy = time.monotonic(),plant(copy/'nanowhale', module, old, new)
             by = noticed(copy, module, a.limit, a.own)
             (copy/'nanowhale'/f'{module}.py').write_text(healthy)
-            rows.append(dict(module=module, old=old, new=new, by=by, seconds=round(time.monotonic()-began, 1)))
+            rows.append(dict(module=module, old=old, new=new, by=by, seconds=round(time.monotonic()-began, 1), commit=commit))
             if not by: rows[-1]['why'] = WHY.get((module, new), 'not explained')
             if a.out: keep(Path(a.out), rows)
             print(f'{rows[-1]["seconds"]:6} s  {module:10} {new.strip()[:60]:62} {by or "SURVIVED"}', flush=True)

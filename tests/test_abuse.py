@@ -7,6 +7,7 @@ Every case ends: well, or with one line. None hangs, takes unbounded memory, end
 of a kind run in a fork of this process that may take a gigabyte more than it has and a few minutes of computing.
 """
 import ast, contextlib, io, json, os, random, shutil, struct, sys
+from copy import deepcopy
 from pathlib import Path
 import pytest, torch
 from nanowhale import chat, cli, data, stream, train
@@ -37,7 +38,7 @@ def spoil_json(r, value, times=2):
         inner = value
         for k in path: inner = inner[k]
         how = r.random()
-        if how<0.7: inner[last] = r.choice(NASTY)
+        if how<0.7: inner[last] = deepcopy(r.choice(NASTY))      # a later change may be inside it
         elif how<0.85: del inner[last]
         elif isinstance(inner, dict): inner[r.choice(['', 'x', '\n', 'step'])] = inner.pop(last)
     return value

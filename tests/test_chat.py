@@ -4,6 +4,7 @@
 """
 import argparse, json, os, platform, signal, subprocess, sys, tempfile
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
 import nanowhale.chat as C
 from nanowhale.config import get_preset
@@ -104,6 +105,23 @@ def test_rows_hold_every_answer_once(tok, context):
     for ids,docs in zip(rows['input_ids'], rows['docs']):
         starts = ids[(docs!=docs.roll(1)) & (docs>=0)]
         assert (starts==tok.bos_token_id).all()                              # each part begins as conversations begin
+
+def test_each_part_of_a_long_conversation_begins_with_what_the_system_said(tok):
+    told = [c for c in conversations(48) if c[0]['role']=='system']
+    parts = [[ids for ids,_ in C.parts_of(tok, c, 60)] for c in told]
+    assert any(len(p)>1 for p in parts)
+    for c,p in zip(told, parts):
+        head = wanted(tok, c[:1])[0]
+        assert all(ids[:len(head)]==head for ids in p)
+
+def test_a_long_history_is_cut_after_what_the_system_said(tok):
+    chat = C.Chat(SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=80)), tok, 20, system='three notes')
+    said = [m for c in conversations(8) for m in c if m['role']!='system']+[dict(role='user', content='a song')]
+    chat.messages += said
+    ids,head = chat.prompt(),wanted(tok, chat.first)[0]
+    assert len(ids)<=60 and ids[:len(head)]==head and chat.messages[0]==chat.first[0]
+    kept = chat.messages[1:]
+    assert 1<len(kept)<len(said) and kept==said[-len(kept):] and kept[0]['role']=='user'
 
 def neighbours(tok, rows, docs=None):
     "Main and MTP loss of each conversation but the first, with the first as it is and with other tokens"

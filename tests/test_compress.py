@@ -268,6 +268,27 @@ def test_rows_of_one_document_have_one_indexers_loss():
         alone = [whale(row[None], labels=row[None], sparse=sparse).indexer_loss for row in ids]
         assert_close(whale(ids, labels=ids, sparse=sparse).indexer_loss, sum(alone)/3, atol=1e-9, rtol=1e-9)
 
+def test_the_indexers_loss_is_a_mean_over_the_queries_that_saw_an_entry():
+    g = torch.Generator().manual_seed(14)
+    scores,seen = torch.randn(2, 6, 4, generator=g).double(),torch.rand(2, 6, 4, generator=g)<0.4
+    seen[:,:2] = False
+    target = torch.rand(2, 6, 4, generator=g).double()*seen
+    target /= target.sum(-1, keepdim=True).clamp(min=1e-9)
+    each = [(p*(p/s.softmax(0)).log()).sum() for s,p in ((scores[b,t][m],target[b,t][m]) for b,t in seen.any(-1).nonzero().tolist() for m in [seen[b,t]])]
+    assert 2<len(each)<9
+    assert_close(compress.index_loss(scores, target, seen), sum(each)/len(each), atol=1e-9, rtol=1e-9)
+
+def test_balance_is_summed_over_blocks_and_what_indexers_lose_is_averaged(monkeypatch):
+    whale,ids,met = whale_of(layer_types=(CSA,CSA,HCA), num_nextn_predict_layers=1),torch.randint(30, (2,T)),{}
+    def noted(where, name):
+        real,found = getattr(where, name),met.setdefault(name, [])
+        def f(*args): found.append(real(*args)); return found[-1]
+        monkeypatch.setattr(where, name, f)
+    noted(moe, 'balance_loss'); noted(compress, 'index_loss')
+    out = whale(ids, labels=ids, sparse=False)
+    assert {k: len(v) for k,v in met.items()}==dict(balance_loss=4, index_loss=2)   # the MTP block has experts too
+    assert_close(out.balance_loss, sum(met['balance_loss'])); assert_close(out.indexer_loss, sum(met['index_loss'])/2)
+
 def test_sizes_that_a_file_claims_cost_nothing():
     with pytest.raises(ValueError, match='num_hidden_layers'): Whale.from_state_dict(WhaleConfig.from_hf(
         dict(model_type='deepseek_v4', num_hidden_layers=2*10**9, num_hash_layers=1)), whale_of().state_dict())

@@ -38,6 +38,10 @@ def test_held_out_depends_on_content_alone():
     assert set(split_held_out(shuffled+['another'])[1])-{'another'}==set(held)
     assert split_held_out(texts+texts)==(train+train, held+held)   # copies stay on the same side
 
+def test_documents_that_begin_alike_are_not_all_on_one_side():
+    train,held = split_held_out([f'{"the same beginning "*50}{i}' for i in range(400)])
+    assert 5<len(held)<50 and len(train)+len(held)==400
+
 def test_the_embedded_corpus_shares_no_document_and_few_lines():
     train,held = split_held_out(embedded_corpus())
     assert not set(train)&set(held)
@@ -47,7 +51,9 @@ def test_pieces_lose_nothing():
     rng = random.Random(0)
     for _ in range(50):
         text = ''.join(rng.choice(['a', ' ', '\n', '\n\n', 'word']) for _ in range(200))
-        assert ''.join(pieces(text, rng.randrange(1, 100)))==text
+        size = rng.randrange(1, 100)
+        out = pieces(text, size)
+        assert ''.join(out)==text and all(p.endswith('\n\n') and len(p)>size for p in out[:-1])
 
 def write(path, rows): path.write_text('\n'.join(map(json.dumps, rows)))
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 from nanowhale.config import WhaleConfig
 from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.generate import generate
-from nanowhale.hub import export
+from nanowhale.hub import card, export
 from nanowhale.model import Whale
 from nanowhale.checkpoint import write_json
 from nanowhale.weights import FLOAT32, INDEX, WEIGHTS, find_folder, read_json, read_weights
@@ -183,6 +183,14 @@ def says(f, *words):
     text = str(e.value)
     assert '\n' not in text and len(text)<600 and all(w in text for w in words), text
     return text
+
+@pytest.mark.parametrize('data,said', [('/home/somebody/texts/words.jsonl', 'words.jsonl'), ('./texts', 'texts'), ('~/texts', 'texts'),
+    ('org/set', 'org/set'), (None, 'the English that ships with CPython')])
+def test_a_card_names_a_data_set_and_no_path(tmp_path, data, said):
+    folder = make_run(tmp_path/'run')
+    write_json(folder/'run.json', read_json(folder/'run.json')|dict(recipe=dict(data=data)))
+    text = card(folder, Whale(small()), NAME)
+    assert f' on {said}, seed' in text and (data==said or data is None or data not in text)
 
 # ---------------------------------------------------------------- the network path, case by case; each returns its outcome in words
 

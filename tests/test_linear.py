@@ -37,6 +37,14 @@ def test_only_asked_for_gradients_are_made():
     assert W.grad is not None and x.grad is None
     with torch.no_grad(): assert not L.linear(x, W).requires_grad
 
+def test_a_slice_of_each_row_is_laid_out_anew(monkeypatch):
+    "Not for the numbers: the kernel that takes it as it is needs a hundred times as long"
+    if not hasattr(torch.ops.mkldnn, '_linear_pointwise'): pytest.skip('this torch has no such operator')
+    met,real = [],L.onednn
+    monkeypatch.setattr(L, 'onednn', lambda x, W: met.append(x.is_contiguous()) or real(x, W))
+    L.OneDnnLinear.apply(torch.randn(4, 12)[:,:6], torch.randn(3, 6))
+    assert met==[True]
+
 def test_autocast_decides():
     x,W = torch.randn(4, 6),torch.randn(3, 6)
     with torch.autocast('cpu', torch.bfloat16):

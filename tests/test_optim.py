@@ -1,5 +1,6 @@
 """Muon against an exact decomposition and against torch's own; groups and schedules"""
 import copy
+from dataclasses import replace
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
@@ -43,6 +44,21 @@ def test_stacked_experts_move_like_single_matrices():
         for p,x in zip(single, g): p.grad = x.clone()
         a.step(); b.step()
     assert_close(stack.detach(), torch.stack([p.detach() for p in single]))
+
+def test_matrices_in_one_weight_move_like_single_ones():
+    "Gate and up of an expert, and the groups of the output: no direction is shared between them"
+    whale = Whale(replace(tiny(), o_groups=4))
+    muon,names = make_optimizers(whale, 1e-3, 0.02)[1],{id(p): n for n,p in whale.named_parameters()}
+    blocks = {names[id(p)]: g['blocks'] for g in muon.param_groups for p in g['params']}
+    for n,b in blocks.items(): assert b==(2 if 'gate_up' in n else whale.cfg.o_groups if 'o_a_proj' in n else 1), n
+    assert len({*blocks.values()})==3
+    torch.manual_seed(0)
+    w,g = torch.randn(3, 8, 6),torch.randn(3, 8, 6)
+    stack,single = nn.Parameter(w.clone()),[nn.Parameter(x.clone()) for x in w.reshape(6, 4, 6)]
+    stack.grad = g
+    for p,x in zip(single, g.reshape(6, 4, 6)): p.grad = x.clone()
+    Muon([dict(params=[stack], blocks=2)]).step(); Muon(single).step()
+    assert_close(stack.detach().reshape(6, 4, 6), torch.stack([p.detach() for p in single]))
 
 def test_parameters_without_gradient_stay():
     p,q = nn.Parameter(torch.ones(2, 3)),nn.Parameter(torch.ones(2, 3))

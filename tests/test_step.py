@@ -1,10 +1,10 @@
 """One step: half precision beside float32, what a skipped step leaves alone, and figures that add up"""
-import copy, math
+import copy, inspect, math
 from dataclasses import asdict, replace
 import pytest, torch
 from torch.testing import assert_close
-import nanowhale.train as T
-from nanowhale.checkpoint import trainer_state
+import nanowhale.step as S, nanowhale.train as T
+from nanowhale.checkpoint import load_trainer_state, trainer_state
 from nanowhale.config import tiny
 from nanowhale.evaluate import evaluate
 from nanowhale.model import Whale
@@ -70,6 +70,34 @@ def test_a_short_training_in_bf16_follows_fp32():
         ends[precision] = evaluate(whale, packed(8, 24, seed=0))['loss']
     assert abs(ends['bf16']-ends['fp32'])<0.05*ends['fp32']
 
+def test_losses_and_gradients_do_not_depend_on_how_rows_are_split():
+    "The balance loss, too, is a mean over all rows of the step, also where the last batch is smaller"
+    rows,found = packed(5, 24),{}
+    for size in (5, 2, 1):
+        whale,_ = whale_and_opts(Recipe())
+        sums,_,_ = add_gradients(whale, rows, size, balance_weight=1.)
+        found[size] = torch.stack([sums[k] for k in ('loss', 'mtp_loss', 'balance_loss')]),flat_grad(whale)
+    assert found[5][0].min()>0
+    for size in (2, 1):
+        for a,b in zip(found[size], found[5]): assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+def test_each_optimizer_has_its_own_rate():
+    recipe = Recipe(steps=4, batch_size=2, lr=1e-3, muon_lr=0.02)
+    whale,opts = whale_and_opts(recipe)
+    for i in range(4):
+        factor = train_step(whale, whale, opts, packed(2, 8), recipe, i)['lr']/recipe.lr
+        for opt,lr in zip(opts, (1e-3, 0.02), strict=True):
+            for group in opt.param_groups: assert group['lr']==pytest.approx(lr*factor, rel=1e-9) and factor>0
+
+def test_indexers_only_learn_for_the_first_share_of_the_steps(monkeypatch):
+    met,real = [],S.add_gradients
+    def noted(*args, **kw): met.append(inspect.signature(real).bind(*args, **kw).arguments['sparse']); return real(*args, **kw)
+    monkeypatch.setattr(S, 'add_gradients', noted)
+    recipe = Recipe(steps=4, batch_size=2, dense=0.5)
+    whale,opts = whale_and_opts(recipe)
+    for i in range(4): train_step(whale, whale, opts, packed(2, 8), recipe, i)
+    assert met==[False, False, True, True]
+
 # ---------------------------------------------------------------- steps that are skipped
 
 @pytest.mark.parametrize('where', ['norm', 'one gradient', 'one row'])
@@ -94,6 +122,17 @@ def test_a_skipped_step_leaves_everything_alone(where, muon_lr, monkeypatch):
     assert all(p.grad is None or not p.grad.any() for p in whale.parameters())   # and nothing is left for the next step
     assert train_step(whale, whale, opts, rows, recipe, 3)['skipped']==0
     assert any(not torch.equal(v, everything(whale, opts)[k]) for k,v in before.items())
+
+def test_an_optimizers_state_of_another_shape_is_refused():
+    recipe = Recipe(steps=4, batch_size=2)
+    whale,opts = whale_and_opts(recipe)
+    train_step(whale, whale, opts, packed(2, 8), recipe, 0)
+    state = trainer_state(whale, opts)
+    name = next(k for k,v in state.items() if v.ndim>1)
+    fresh = lambda: make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+    load_trainer_state(whale, fresh(), state)
+    for wrong in (state[name][:1], state[name].mT.contiguous()):
+        with pytest.raises(ValueError, match='no state of these optimizers'): load_trainer_state(whale, fresh(), state|{name: wrong})
 
 def test_the_step_after_a_skipped_one_is_the_step_without_it():
     recipe = Recipe(steps=10, batch_size=2)

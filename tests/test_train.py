@@ -131,6 +131,11 @@ def stop_at(monkeypatch, n, signum):
         return train_step(*args)
     monkeypatch.setattr(T, 'train_step', signalled)
 
+def test_every_skipped_step_is_counted(text, tmp_path, monkeypatch):
+    def spoiled(*args): m = train_step(*args); return m|dict(skipped=int(args[-1] in (0, 2)))
+    monkeypatch.setattr(T, 'train_step', spoiled); monkeypatch.setattr(T.Log, 'plot', lambda self: None)
+    assert T.train(data=str(text), out=str(tmp_path/'run'), steps=4, evals=1, **SMALL)['steps skipped']==2
+
 @pytest.mark.parametrize('signum,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_to_the_bit(run, text, tmp_path, monkeypatch, signum, code):
     whole,out = run[0],tmp_path/'cut'
