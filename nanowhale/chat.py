@@ -38,7 +38,7 @@ def check_messages(
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages): raise bad('messages must be a list of objects')
     if not messages: raise bad('there is no message')
     for m in messages:
-        if m.get('role') not in ROLES: raise bad(f'unknown role {m.get("role")!r} (use {", ".join(ROLES)})')
+        if m.get('role') not in ROLES: raise bad(f'unknown role {m.get("role")!r:.40} (use {", ".join(ROLES)})')
         if not isinstance(m.get('content'), str) or not m['content'].strip(): raise bad(f'a message of the {m["role"]} has no text in "content"')
     return [dict(role=m['role'], content=m['content']) for m in messages]
 

@@ -211,7 +211,7 @@ def read_state(
     for k in ('seconds', 'waited'): need(type(state.get(k)) in (int, float), f'{k!r} must be a number')
     best,at = state.get('best'),state.get('stream')
     need(best is None or isinstance(best, list) and len(best)==2 and count(best[0]) and type(best[1]) in (int, float), "'best' must be a step and its loss")
-    need(isinstance(at, dict) and count(at.get('number')) and count(at.get('used')), "'stream' must say which block and row come next")
+    need(isinstance(at, dict) and 'at' in at and count(at.get('number')) and count(at.get('used')), "'stream' must say which block and row come next")
     at = at.get('at')
     need(at is None or isinstance(at, dict) and count(at.get('epoch')) and isinstance(at.get('source'), (dict, type(None))),
         "'stream' has no place in the text")

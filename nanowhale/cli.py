@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'VALUES', 'generate', 'chat', 'evaluate', 'info', 'export', 'bench', 'ablate', 'with_values', 'usage',
-           'underscores', 'complain', 'main']
+           'underscores', 'complain', 'stopped', 'main']
 
 # %% ../nbs/20_cli.ipynb #ab77253d
-import inspect, os, sys
+import inspect, os, signal, sys, threading
 from fastcore.docments import docments
 from fastcore.script import Param, anno_parser, store_true
 from .chat import Chat, talk   # with this chapter `train` knows conversations
+from .checkpoint import Stopped
 from .step import Recipe
 from .train import train
 
@@ -204,6 +205,8 @@ def complain(
     return code
 
 # %% ../nbs/20_cli.ipynb #b8f2c197
+def stopped(signum, frame): raise Stopped('stopped', signum)   # SIGTERM ends a command as Ctrl-C does
+
 def main(
     argv:list=None,   # the words after `nanowhale`; none: from the command line
 ) -> int:             # exit code: 0, 1 for an error, 2 for a wrong command or option, 130 for Ctrl-C, 143 for SIGTERM
@@ -214,6 +217,8 @@ def main(
     command = with_values(COMMANDS[name], VALUES[name]) if name in VALUES else COMMANDS[name]
     args = anno_parser(command, prog=f'nanowhale {name}').parse_args([underscores(w) for w in rest])
     options = {k: v for k,v in vars(args).items() if k not in ('pdb', 'xtra')}
+    main_thread = threading.current_thread() is threading.main_thread()   # only there signals can be handled
+    before = signal.signal(signal.SIGTERM, stopped) if main_thread else None   # `train` has its own way while it takes steps
     try: command(**options)
     except KeyboardInterrupt as e: return complain(str(e) or 'stopped', getattr(e, 'code', 130))
     except BrokenPipeError: return 0
@@ -221,4 +226,6 @@ def main(
         if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
         if os.environ.get('NANOWHALE_TRACEBACK'): raise
         return complain(f'{type(e).__name__ if not str(e) else e}', 1)
+    finally:
+        if main_thread: signal.signal(signal.SIGTERM, before)
     return 0

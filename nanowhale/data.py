@@ -199,7 +199,10 @@ def load_tokenizer(
 ):  # -> a transformers tokenizer
     "The tokenizer of a checkpoint folder or of a Hub model"
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    try:
+        tok = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        if not isinstance(tok.model_max_length, (int, float)): raise ValueError('model_max_length must be a number')
+        return tok
     except Exception as e: raise ValueError(f'{name}: no tokenizer could be loaded from there ({first_line(e)})') from None
 
 # %% ../nbs/10_data.ipynb #88dab201

@@ -9,7 +9,7 @@ import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from runs import ROOT, provenance
 
-SETTINGS = '[run]\nsource = nanowhale\nparallel = true\npatch = subprocess\ndata_file = {d}/.coverage\n[report]\nomit = */_modidx.py\n'
+SETTINGS = '[run]\nsource = nanowhale\nparallel = true\npatch =\n    subprocess\n    _exit\ndata_file = {d}/.coverage\n[report]\nomit = */_modidx.py\n'
 PARTS = dict(notebooks=['tests/notebooks.py', 'check', '--jobs', '2'], tests=['-m', 'pytest', '-q', '-n', '2', '--dist', 'loadfile', 'tests'])
 
 def percents(folder):
