@@ -44,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, labels, dtype, grad):
         "h [M,D], weight [V,D], labels [M]; products in `dtype`, sums in float32 or better"
         W,hs,full = weight.to(dtype),h.to(dtype),torch.promote_types(dtype, torch.float32)
-        rows = max(1, 2**(25 if h.device.type=='cpu' else 28)//len(W))
+        rows = max(1, (5*2**23 if h.device.type=='cpu' else 2**28)//len(W))
         dh,dW = torch.zeros_like(hs),None
         loss = torch.zeros((), dtype=full, device=h.device)
         for a in range(0, len(hs), rows):
