@@ -86,9 +86,17 @@ def test_values_arrive(f, sep, monkeypatch):
     seen = lambda **options: got.update(options)
     real = cli.with_values
     monkeypatch.setattr(cli, 'with_values', lambda g, values: spying(real(g, values), seen))
-    assert cli.main(['train', *f'--{f.name.replace("_", "-")}{sep}{value}'.split(' ')])==0
+    switch = isinstance(default, bool)
+    if switch: value = True
+    assert cli.main(['train', *f'--{f.name.replace("_", "-")}{"" if switch else f"{sep}{value}"}'.split(' ')])==0
     assert got[f.name]==value and type(got[f.name]) is type(value)
-    assert all(got[g.name] is None for g in dataclasses.fields(Recipe) if g is not f)   # the recipe decides
+    assert all(got[g.name] is None or got[g.name] is False for g in dataclasses.fields(Recipe) if g is not f)   # the recipe decides
+
+def test_what_is_not_given_stays_the_recipes():
+    import nanowhale.cli as cli
+    command = cli.with_values(lambda out='whale', **changes: dict(changes, out=out), Recipe)
+    assert command(out=None, steps=None, lr=0., muon_lr=0, compile=False)==dict(out=None, lr=0., muon_lr=0)
+    assert command(compile=True)==dict(compile=True, out='whale')
 
 def spying(command, seen):
     seen.__signature__,seen.__doc__ = command.__signature__,command.__doc__
