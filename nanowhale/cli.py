@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'VALUES', 'generate', 'chat', 'evaluate', 'info', 'export', 'bench', 'ablate', 'with_values', 'usage',
-           'underscores', 'complain', 'stopped', 'main']
+           'underscores', 'complain', 'main']
 
 # %% ../nbs/20_cli.ipynb #ab77253d
 import inspect, os, signal, sys, threading
@@ -205,7 +205,7 @@ def complain(
     return code
 
 # %% ../nbs/20_cli.ipynb #b8f2c197
-def stopped(signum, frame): raise Stopped('stopped', signum)   # SIGTERM ends a command as Ctrl-C does
+def _stopped(signum, frame): raise Stopped('stopped', signum)   # SIGTERM ends a command as Ctrl-C does
 
 def main(
     argv:list=None,   # the words after `nanowhale`; none: from the command line
@@ -218,7 +218,7 @@ def main(
     args = anno_parser(command, prog=f'nanowhale {name}').parse_args([underscores(w) for w in rest])
     options = {k: v for k,v in vars(args).items() if k not in ('pdb', 'xtra')}
     main_thread = threading.current_thread() is threading.main_thread()   # only there signals can be handled
-    before = signal.signal(signal.SIGTERM, stopped) if main_thread else None   # `train` has its own way while it takes steps
+    before = signal.signal(signal.SIGTERM, _stopped) if main_thread else None   # `train` has its own way while it takes steps
     try: command(**options)
     except KeyboardInterrupt as e: return complain(str(e) or 'stopped', getattr(e, 'code', 130))
     except BrokenPipeError: return 0
