@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from .config import SWA, cache_bytes, count_flops, count_params, get_preset
 from .generate import evaluating, generate, next_logits
-from .graph import Decoder
+from .graph import Decoder, need_compiler
 from .hyper import collapse, mix
 from .linear import product
 from .model import Cache, Whale, views
@@ -222,6 +222,7 @@ def bench(
     "Training, prefill, decoding and memory, beside transformers and beside the machine's limits"
     keep_freed_memory()
     device,size,T = pick_device(device),(batch_size,context),context
+    if compile: need_compiler(device.type)
     bf16,args = dtype=='bf16',(repeats, device)
     memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, dtype) for name in ('nanowhale', 'transformers')}
     sides = make_sides(preset, device, T)

@@ -20,6 +20,7 @@ from .config import count_flops, get_preset
 from .data import first_line, load_tokenizer, read_texts, is_held_out, train_tokenizer
 from .evaluate import evaluate, xz_bits_per_byte
 from .generate import generate
+from .graph import need_compiler
 from .model import Whale
 from .optim import make_optimizers
 from .parallel import from_first, local_device, my_rows, n_ranks, rank, ranks, spread, total
@@ -218,6 +219,7 @@ class Run:
     def __init__(self, out, spec, last, device, tensorboard=False):
         self.out,self.recipe,self.device = out,Recipe(**spec['recipe']),device
         fresh = dict(step=0, stream=None, skipped=0, seconds=0., waited=0., best=None, places=0, filled=0)
+        if self.recipe.compile: need_compiler(device.type)
         self.state,self.measured = read_state(last) if last else fresh,(None, None)
         changes = dict(initializer_range=self.recipe.init_std, num_nextn_predict_layers=int(self.recipe.mtp_weight>0))
         start,recipe = last or self.recipe.init,self.recipe

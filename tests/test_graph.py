@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
 from nanowhale import graph, linear, moe
+from nanowhale.cli import main
 from nanowhale.config import tiny, tiny_v4
 from nanowhale.generate import evaluating, generate, left_pad, next_logits
 from nanowhale.graph import Decoder, one_step
@@ -85,6 +86,14 @@ def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
     graph.compiled.cache_clear()
     with pytest.raises(ValueError, match='C\\+\\+ compiler'): graph.compiled('cpu')
+
+def test_no_compiler_ends_a_command_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
+    for words in (['train'], ['bench', '--preset', 'tiny', '--context', '16']):
+        assert main([*words, '--compile', '--device', 'cpu', '--out', str(tmp_path/'out')])==1
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said)==1 and 'C++ compiler' in said[0]
+    assert not any(tmp_path.iterdir())
 
 # ---------------------------------------------------------------- compiled
 
