@@ -75,7 +75,7 @@ def age(args, home):
     if fresh and quiet(interpreter(args.python), '-m', 'venv', venv, log=log): raise SystemExit(log.read_text())
     pip = [python, '-m', 'pip', '-q']
     wheels = lambda: [args.wheel] if args.wheel else (home/'dist').glob('*.whl')
-    bad = (not args.wheel and quiet(*pip, 'wheel', '--no-deps', '-w', home/'dist', copy, log=log, env=env)
+    bad = (not args.wheel and quiet(*pip, 'wheel', '--no-deps', '--use-pep517', '-w', home/'dist', copy, log=log, env=env)
         or quiet(*pip, 'install', '-c', home/'constraints.txt', *wheels(), *tools, log=log, env=env)
         or quiet(*pip, 'install', '--no-deps', '--force-reinstall', *wheels(), log=log, env=env))   # a kept environment may hold an older one
     installed = time.time()

@@ -19,7 +19,8 @@ TESTS = dict(   # module -> its tests, the quickest first
     config='config compress properties', linear='linear mla', rope='rope properties compress', mla='mla block properties', compress='compress properties',
     moe='moe properties', hyper='hyper properties bugs', block='block',
     mtp='mtp bugs', weights='weights checkpoint', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
-    parallel='parallel', generate='generate', speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train step', step='step train bugs',
+    parallel='parallel', generate='generate', graph='graph',
+    speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train step', step='step train bugs',
     train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
 REST = 'bugs properties model compress block mtp weights parity generate step evaluate train speculative chat checkpoint'
 
@@ -125,6 +126,18 @@ MUTANTS = [   # module, old text, new text
     ('generate', 'logits.masked_fill(logits<kth', 'logits.masked_fill(logits<=kth'),
     ('generate', 'return attention_mask.long()-1', 'return attention_mask.long()'),
     ('generate', 'text = self._decode()\n        whole = text.removesuffix', 'text = self._decode()\n        whole = text.removeprefix'),
+    ('graph', 'k_pos>=first[:,None]', 'k_pos>first[:,None]'),
+    ('graph', 'pos-(pos-torch.arange(S', 'pos-(pos+torch.arange(S'),
+    ('graph', 'torch.cat([self.tail[:,1:], x], 1)', 'torch.cat([self.tail[:,:-1], x], 1)'),
+    ('graph', 'return self.tail, self.pos+1-self.tail.shape[1]', 'return self.tail, self.pos-self.tail.shape[1]'),
+    ('graph', '(docs==0) & (ends<NEVER)', 'ends<NEVER'),
+    ('graph', 'blocks = (length-first)//rate', 'blocks = torch.full_like(first, length//rate)'),
+    ('graph', 'torch.arange(1, C+1, device=first.device))*rate-1', 'torch.arange(1, C+1, device=first.device))*rate-2'),
+    ('graph', '(pos-cfg.rates[kind]+1).clamp(min=0)', 'pos'),
+    ('graph', 'pos-first<2*cfg.rates[kind]-1', 'pos-first<cfg.rates[kind]-1'),
+    ('graph', '(ends>=0) & (ends<=pos)', '(ends>=0) & (ends<pos)'),
+    ('graph', '(e<pos).sum(1)', '(e<=pos).sum(1)'),
+    ('graph', 'roomy(m.tail.flip(1), m.keep).flip(1)', 'roomy(m.tail, m.keep)'),
     ('speculate', '(p-q).clamp(min=0)', '(q-p).clamp(min=0)'),
     ('speculate', 'u*q_d<p_d', 'u*p_d<q_d'),
     ('speculate', 'seen.scatter(1, drafts[:,i-1:i], True)', 'seen.scatter(1, drafts[:,:1], True)'),

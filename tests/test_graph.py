@@ -5,7 +5,7 @@ import pytest, torch
 from torch.testing import assert_close
 from nanowhale import graph, linear, moe
 from nanowhale.cli import main
-from nanowhale.config import tiny, tiny_v4
+from nanowhale.config import CSA, HCA, SWA, tiny
 from nanowhale.generate import evaluating, generate, left_pad, next_logits
 from nanowhale.graph import Decoder, one_step
 from nanowhale.model import Cache, Whale
@@ -17,8 +17,13 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'cl
 def small(window=9, layers=2, **changes):
     "A whale of odd sizes whose weights are large enough for every part to matter"
     torch.manual_seed(window)
-    sizes = dict(vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0, initializer_range=0.2)
+    sizes = dict(vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0, initializer_range=0.2, hc_sinkhorn_iters=2)
     return Whale(replace(tiny(), **sizes | changes)).double()
+
+def far_sighted(window=6, **changes):
+    "The same with layers of every kind, blocks of 2 and of 5, and two entries for a query to choose"
+    rates = {CSA: 2, HCA: 5}
+    return small(window, 4, layer_types=(SWA, CSA, HCA, CSA), compress_rate_csa=rates[CSA], compress_rate_hca=rates[HCA], index_topk=2, **changes)
 
 def logits(whale, ids, docs=None, prompt=3, decoder=None):
     "[B,T-prompt+1,V] with the ordinary step, or with a decoder after the prompt"
@@ -39,15 +44,31 @@ def test_the_step_with_fixed_shapes(window, prompt, B):
     whale,ids = small(window),torch.randint(97, (B,31))
     assert_close(logits(whale, ids, prompt=prompt, decoder=plain), logits(whale, ids, prompt=prompt), atol=1e-10, rtol=1e-8)
 
+@pytest.mark.parametrize('window', [1, 6, 40])
+@pytest.mark.parametrize('B,prompt', [(1, 1), (1, 10), (3, 3), (3, 21)])
+def test_layers_that_compress(window, prompt, B, monkeypatch):
+    monkeypatch.setattr(graph, 'LEAST', 8)
+    whale,ids = far_sighted(window),torch.randint(97, (B,39))
+    assert_close(logits(whale, ids, prompt=prompt, decoder=plain), logits(whale, ids, prompt=prompt), atol=1e-10, rtol=1e-8)
+
+@pytest.mark.parametrize('changes', [dict(index_topk=100), dict(layer_types=(HCA,)*4), dict(layer_types=(CSA,)*4),
+    dict(yarn_factor=4., yarn_context=16)], ids=str)
+def test_other_layers_that_compress(changes):
+    whale,ids = far_sighted(6),torch.randint(97, (2,30))
+    whale = Whale(replace(whale.cfg, **changes)).double()
+    assert_close(logits(whale, ids, decoder=plain), logits(whale, ids), atol=1e-10, rtol=1e-8)
+
 @pytest.mark.parametrize('least', [1, 8, 256])
 def test_rings_shorter_than_the_window(least, monkeypatch):
     monkeypatch.setattr(graph, 'LEAST', least)
     whale,ids = small(64),torch.randint(97, (2,33))
     assert_close(logits(whale, ids, decoder=plain), logits(whale, ids), atol=1e-10, rtol=1e-8)
 
-def test_padding_is_not_seen():
-    whale = small(9)
-    ids,mask = left_pad([torch.randint(97, (n,)).tolist() for n in (8, 3, 1)])
+@pytest.mark.parametrize('make', [small, far_sighted])
+@pytest.mark.parametrize('lengths', [(8, 3, 1), (1, 17, 12, 6)])
+def test_padding_is_not_seen(make, lengths):
+    whale = make()
+    ids,mask = left_pad([torch.randint(97, (n,)).tolist() for n in lengths])
     ask = dict(temperature=0, attention_mask=mask, eos_token_id=None)
     assert generate(whale, ids, 25, **ask, decoder=plain).equal(generate(whale, ids, 25, **ask))
 
@@ -56,31 +77,28 @@ def test_hash_layers_and_the_first_whales_streams():
         whale,ids = small(**changes),torch.randint(97, (2,20))
         assert_close(logits(whale, ids, decoder=plain), logits(whale, ids), atol=1e-10, rtol=1e-8)
 
-def test_what_was_read_is_left_alone():
-    whale,ids = small(),torch.randint(97, (1,12))
+@pytest.mark.parametrize('make', [small, far_sighted])
+def test_what_was_read_is_left_alone(make):
+    whale,ids = make(),torch.randint(97, (1,12))
+    held = lambda past: [x.clone() for layer in past.layers for x in (layer.kv, *(y for m in getattr(layer, 'far', ()) for y in (m.tail, m.entries)))]
     with evaluating(whale):
         past = Cache(whale.cfg)
         next_logits(whale, ids, cache=past)
-        kept = [ring.kv.clone() for ring in past.layers]
+        kept = held(past)
         step = plain(whale, past, 20)
         for t in range(3): step(torch.tensor([[t]]))
-        assert past.length==12 and all(a.equal(ring.kv) for a,ring in zip(kept, past.layers))
+        assert past.length==12 and all(a.equal(b) for a,b in zip(kept, held(past), strict=True))
 
 def test_what_it_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(graph, 'LEAST', 4)
     ids = torch.randint(97, (1,12))
-    for whale,past,says in ((Whale(replace(tiny_v4(), vocab_size=97)), {}, 'plain windows'), (small(), dict(spare=2), 'plain windows')):
-        with evaluating(whale):
-            past = Cache(whale.cfg, **past)
-            next_logits(whale, ids, cache=past)
-            with pytest.raises(ValueError, match=says): plain(whale, past, 20)
-    whale = small(64)
-    with pytest.raises(ValueError, match='made for 16 tokens'):
-        with evaluating(whale):
+    with pytest.raises(ValueError, match='without spare slots'): plain(small(), Cache(small().cfg, spare=2), 20)
+    for whale in (small(64), far_sighted(9)):
+        with pytest.raises(ValueError, match='made for 16 tokens'), evaluating(whale):
             past = Cache(whale.cfg)
             next_logits(whale, ids, cache=past)
             step = plain(whale, past, 16)
-            for t in range(5): step(ids[:,:1])
+            for _ in range(5): step(ids[:,:1])
 
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
@@ -97,20 +115,24 @@ def test_no_compiler_ends_a_command_in_one_line_and_leaves_nothing(monkeypatch, 
 
 # ---------------------------------------------------------------- compiled
 
+@pytest.mark.parametrize('make', [small, far_sighted])
 @pytest.mark.parametrize('B', [1, 2])
-def test_one_graph(B):
+def test_one_graph(B, make):
     "Nothing in the step makes the compiler give up and go back to Python"
-    whale = small()
-    with torch.inference_mode():
-        seen = torch._dynamo.explain(one_step)(whale, torch.zeros(B, 1, dtype=torch.long), torch.tensor([4]), torch.zeros(B, dtype=torch.long),
-            [torch.zeros(B, 9, whale.cfg.head_dim, dtype=torch.float64) for _ in whale.model.layers])
+    whale,ids = make(),torch.zeros(B, 9, dtype=torch.long)
+    with evaluating(whale):
+        past = Cache(whale.cfg)
+        next_logits(whale, ids, cache=past)
+        d = plain(whale, past, 20)
+        seen = torch._dynamo.explain(one_step)(whale, ids[:,:1], d.pos, d.first, d.rings, d.far, d.ends)
     assert (seen.graph_count, seen.graph_break_count)==(1, 0), seen.break_reasons
 
 @needs_compiler
-@pytest.mark.parametrize('B,dtype', [(1, torch.float32), (2, torch.bfloat16)])
-def test_compiled(B, dtype):
+@pytest.mark.parametrize('B,dtype,changes', [(1, torch.float32, {}), (2, torch.bfloat16, {}),
+    (1, torch.float32, dict(layer_types=(CSA,), compress_rate_csa=2, index_topk=2))], ids=['one', 'two in bfloat16', 'compressing'])
+def test_compiled(B, dtype, changes):
     torch._dynamo.reset(); graph.compiled.cache_clear()
-    whale,ids = small(layers=1, hc_sinkhorn_iters=2),torch.randint(97, (B,24))
+    whale,ids = small(layers=1, **changes),torch.randint(97, (B,24))
     exact = logits(whale, ids).float()
     whale = whale.float().to(dtype)
     got = logits(whale, ids, decoder=Decoder)
@@ -137,7 +159,7 @@ def test_training_steps_of_a_compiled_whale():
     "Losses, norms, loads and what the watchers see, over three steps, beside the same steps uncompiled"
     torch._dynamo.reset()
     def run(compile):
-        whale = small(layers=1, num_nextn_predict_layers=1, initializer_range=0.05, hc_sinkhorn_iters=2).float()
+        whale = small(layers=1, num_nextn_predict_layers=1, initializer_range=0.05).float()
         net = torch.compile(whale, dynamic=False) if compile else whale
         recipe = Recipe(steps=3, batch_size=2, accum=2, context=20, compile=compile)
         opts,draw = make_optimizers(whale, recipe.lr, recipe.muon_lr),torch.Generator().manual_seed(0)

@@ -31,7 +31,7 @@ def train(n, *words, cwd):
     err = p.communicate(timeout=1200)[1]
     assert p.returncode==0, err[-2000:]
 
-GENTLE = ('--lr', 1e-3, '--muon-lr', 2e-3)   # rates at which rounding does not grow
+GENTLE = ('--lr', 1e-3, '--muon-lr', 2e-3)   # rates at which rounding hardly grows
 def options(steps, how='ddp', rates=GENTLE):
     return ['--data', 'words.jsonl', '--steps', steps, '--evals', 2, '--batch-size', 2, '--accum', 2, '--context', 32, '--buffer', 2000,
         '--parallel', how, *rates]
@@ -62,18 +62,20 @@ def test_two_processes_are_one_run(alone, how, n_then):
     "The losses of one process, and a checkpoint with which another number of processes goes on"
     folder,want = alone
     train(2, *options(6, how), '--out', how, cwd=folder)
+    early = apart(want[:2], metrics(folder/how)[:2])
+    assert early['loss']<1e-5 and early['grad_norm']<1e-5, early
     got = apart(want, metrics(folder/how))
-    assert got['steps']==6 and got['loss']<1e-5 and got['grad_norm']<1e-4, got
+    assert got['steps']==6 and got['loss']<5e-4 and got['grad_norm']<1e-3, got   # rounding alone comes to 5e-5 with torch 2.9
     start = folder/how if n_then==1 else folder/'alone'            # 2 -> 1 processes, 1 -> 2 processes
     out = back_to(start, 3, folder/f'{how}-then')
     if n_then==2: (out/'run.json').write_text((out/'run.json').read_text().replace('"ddp"', '"fsdp"'))
     train(n_then, '--resume', '--out', out, cwd=folder)
     got = apart(want, metrics(out))
-    assert got['steps']==6 and got['loss']<1e-5, got
+    assert got['steps']==6 and got['loss']<5e-4, got
 
 def children(pid):
     "Processes that torchrun started"
-    listed = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(pid)], capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(pid)], capture_output=True, text=True).stdout.splitlines()
     return [int(l.split()[0]) for l in listed if 'train' in l]
 
 @pytest.mark.skipif(sys.platform!='linux', reason='needs ps of Linux')
