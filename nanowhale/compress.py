@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'document_starts', 'block_ends', 'Blocks', 'far_rope', 'make_blocks', 'take', 'Memory', 'Compressor',
-           'Indexer', 'choose', 'far_weights', 'index_loss', 'index_recall', 'CompressedCache', 'CompressedAttention']
+           'liking', 'chunks', 'Indexer', 'choose', 'far_weights', 'index_loss', 'index_recall', 'CompressedCache',
+           'CompressedAttention']
 
 # %% ../nbs/03_compress.ipynb #7e5e27e4
 from typing import NamedTuple
-import torch
+import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from .config import CSA
 from .linear import Linear
 from .rope import rope_cos_sin, rotate, upcast
-from .mla import Attention, KVCache, RMSNorm, attend
+from .mla import CHUNK, Attention, KVCache, RMSNorm, attend, reach
 
 # %% ../nbs/03_compress.ipynb #e2578924
 def document_starts(
@@ -165,6 +167,24 @@ class Compressor(nn.Module):
         new = rotate(self.kv_norm((w*c).sum(2).to(c.dtype))[:,:,None], *blocks.rope)[:,:,0]
         return new if memory is None else memory.add(new)
 
+# %% ../nbs/03_compress.ipynb #7c1de5a0
+def liking(
+    q:Tensor,     # [B,c,J,W] queries
+    w:Tensor,     # [B,c,J] how much each head counts
+    keys:Tensor,  # [B,C,W]
+) -> Tensor:      # [B,c,C]
+    "What the heads like about each entry, added up"
+    return torch.einsum('btjc,btj->btc', upcast(torch.einsum('btjw,bcw->btjc', q, keys)).relu(), w)
+
+# %% ../nbs/03_compress.ipynb #7c1de5a2
+def chunks(
+    seen:Tensor,  # [B or 1,T,C] True where a query sees an entry
+):  # yields where some queries lie, and how many entries they reach
+    "Some queries at a time"
+    for a in range(0, seen.shape[1], CHUNK):
+        at = slice(a, a+CHUNK)
+        yield at, reach(seen[:,at])
+
 # %% ../nbs/03_compress.ipynb #88d83ec2
 class Indexer(Compressor):
     "Scores of all entries for all queries, from a few narrow heads (V4 eqs. 13-17)"
@@ -176,16 +196,18 @@ class Indexer(Compressor):
         self.scorer = nn.ModuleDict(dict(weights_proj=Linear(cfg.hidden_size, J)))   # named as in checkpoints
 
     def scores(self,
-        x:Tensor,     # [B,T,D] input of the layer
-        low:Tensor,   # [B,T,Q] low-rank query of the attention
-        keys:Tensor,  # [B,C,W] the indexer's entries
-        rope:tuple,   # cos, sin [T,R/2] of the tokens
-    ) -> Tensor:      # [B,T,C]
+        x:Tensor,          # [B,T,D] input of the layer
+        low:Tensor,        # [B,T,Q] low-rank query of the attention
+        keys:Tensor,       # [B,C,W] the indexer's entries
+        rope:tuple,        # cos, sin [T,R/2] of the tokens
+        seen:Tensor=None,  # [B or 1,T,C] entries behind each query: others may get any score; None: all count
+    ) -> Tensor:           # [B,T,C]
         "How much each query wants each entry"
         q = rotate(self.q_b_proj(low).unflatten(-1, (-1,self.width)), *rope)
-        liked = upcast(torch.einsum('btjw,bcw->btjc', q, keys)).relu()
-        w = upcast(self.scorer['weights_proj'](x))
-        return torch.einsum('btjc,btj->btc', liked, w)*(self.width*w.shape[-1])**-0.5
+        w = upcast(self.scorer['weights_proj'](x))*(self.width*q.shape[2])**-0.5
+        if seen is None: return liking(q, w, keys)
+        part = lambda *a: checkpoint(liking, *a, use_reentrant=False) if torch.is_grad_enabled() else liking(*a)
+        return torch.cat([F.pad(part(q[:,at], w[:,at], keys[:,:C]), (0,keys.shape[1]-C)) for at,C in chunks(seen)], 1)
 
 # %% ../nbs/03_compress.ipynb #78953432
 def choose(
@@ -210,8 +232,10 @@ def far_weights(
     seen:Tensor,    # [B or 1,T,C] entries that queries saw
 ) -> Tensor:        # [B,T,C] sums to one where a query saw any
     "How attention divided what it gave to entries, all heads together"
-    z = upcast(torch.einsum('bthk,bck->bthc', q, far))*q.shape[-1]**-0.5
-    p = (z-upcast(lse)[...,None]).exp().masked_fill(~seen[:,:,None], 0).sum(2)
+    p = lse.new_zeros(*q.shape[:2], far.shape[1])
+    for at,C in chunks(seen):
+        z = upcast(torch.einsum('bthk,bck->bthc', q[:,at], far[:,:C]))*q.shape[-1]**-0.5
+        p[:,at,:C] = (z-lse[:,at,:,None]).exp().masked_fill(~seen[:,at,None,:C], 0).sum(2)
     return p/p.sum(-1, keepdim=True).clamp(min=1e-20)
 
 # %% ../nbs/03_compress.ipynb #ee0a3c4a
@@ -277,7 +301,7 @@ class CompressedAttention(Attention):
         if indexer is not None:
             x,low = x.detach(),low.detach()                    # no gradient goes on from the indexer
             keys,chooses = indexer(x, blocks, memory[1]),blocks.sparse and far.shape[1]>indexer.topk
-            if learns or chooses: scores = indexer.scores(x, low, keys, rope)
+            if learns or chooses: scores = indexer.scores(x, low, keys, rope, blocks.seen)
             if chooses: seen = choose(scores, seen, indexer.topk)
             if chooses and x.shape[1]==1:                      # one query: gather what it chose
                 at = seen[:,0].int().topk(indexer.topk, -1)
