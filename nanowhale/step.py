@@ -63,7 +63,8 @@ class Recipe:
             if isinstance(v, (int, float)) and not v>=least: raise ValueError(f'{f.name}={v}: a recipe needs at least {least} here')
         for name,known in dict(precision=('fp32', 'bf16'), parallel=('ddp', 'fsdp')).items():
             if getattr(self, name) not in known: raise ValueError(f'{name}={getattr(self, name)!r}: choose {" or ".join(known)}')
-
+        if self.compile and self.parallel=='fsdp':
+            raise ValueError('compile and parallel=fsdp do not go together: what lies outside of the blocks would get no gradient; choose ddp')
         if self.chat and not self.init: raise ValueError('conversations (chat) teach a whale that can already write: name its folder with --init')
 
     @property

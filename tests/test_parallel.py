@@ -73,6 +73,13 @@ def test_two_processes_are_one_run(alone, how, n_then):
     got = apart(want, metrics(out))
     assert got['steps']==6 and got['loss']<5e-4, got
 
+@pytest.mark.slow
+def test_two_compiled_processes_are_one_run(alone):
+    folder,want = alone
+    train(2, *options(6), '--compile', '--out', 'compiled', cwd=folder)
+    got = apart(want, metrics(folder/'compiled'))
+    assert got['steps']==6 and got['loss']<5e-4 and got['grad_norm']<1e-3, got
+
 def children(pid):
     "Processes that torchrun started"
     listed = subprocess.run(['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(pid)], capture_output=True, text=True).stdout.splitlines()
