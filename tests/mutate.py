@@ -49,6 +49,7 @@ MUTANTS = [   # module, old text, new text
     ('mla', 'self.length-self.window+1)', 'self.length-self.window+2)'),
     ('mla', 'if not 0<=n<=self.length-self.floor', 'if not 0<=n<=self.length'),
     ('mla', 'if T<=window and docs is None', 'if T<=2*window and docs is None'),
+    ('mla', 'z.softmax(-1).mul_(gate[:,at]),d', 'z.softmax(-1),d'),
     ('mla', 'int(seen[-1])+1 if', 'int(seen[-1]) if'),
     ('mla', 'max(0, a-w)', 'max(0, a-w+1)'),
     ('mla', 'kv,sinks,far = upcast(kv),upcast(sinks),None if far is None else upcast(far)', 'pass'),
