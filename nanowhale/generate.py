@@ -220,12 +220,13 @@ def generate(
     "Prompt and continuation, token by token; ended rows are filled with padding"
     rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     _check_rules(max_new_tokens, **rules)
+    _check(use_cache or decoder is None, 'decoder: it goes on from a cache, so use_cache must be True')
     with evaluating(whale):
         rows,cache = Rows(whale, input_ids, attention_mask, eos_token_id, on_token),Cache(whale.cfg) if use_cache else None
         generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(seed)
         most,step = rows.ids.shape[1]+max_new_tokens,None
         for _ in range(max_new_tokens):
-            if decoder and cache and cache.length: step = step or decoder(whale, cache, most, rows.docs)
+            if decoder and cache.length: step = step or decoder(whale, cache, most, rows.docs)
             logits = step(rows.ids[:,-1:]) if step else next_logits(whale, rows.ids, rows.docs, cache)
             logits = _finite(logits, rows.ids.shape[1])
             logits = warp(logits, rows.seen, **rules)

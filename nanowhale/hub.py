@@ -29,10 +29,10 @@ def card(
     if not (folder/'results.json').is_file():
         return (folder/'README.md').read_text(encoding='utf-8') if (folder/'README.md').is_file() else None
     spec = read_json(folder/'run.json')
-    data = spec['recipe']['data']
-    if data and (Path(data).exists() or data[0] in './~'): data = Path(data).name   # a path here says nothing elsewhere
+    here = lambda p: Path(p).name if p and (Path(p).exists() or p[0] in './~') else p   # a path says nothing elsewhere
+    recipe = {k: here(v) if k in ('data', 'chat', 'init', 'tokenizer') else v for k,v in spec['recipe'].items()}
     note = f'\nStored in {dtype}, sensitive parts in float32; the figures above were measured before that.\n' if dtype else ''
-    return model_card(whale, spec|dict(recipe=spec['recipe']|dict(data=data)), read_json(folder/'results.json'), name)+note
+    return model_card(whale, spec|dict(recipe=recipe), read_json(folder/'results.json'), name)+note
 
 # %% ../nbs/17_hub.ipynb #c5549dea
 def write_export(

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 import torch
 from . import __version__
-from .checkpoint import Claim, Stopped, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, read_state,\
+from .checkpoint import Claim, Stopped, checkpoints, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, read_state,\
     save_checkpoint, write_json
 from .config import count_flops, get_preset
 from .data import first_line, load_tokenizer, read_texts, is_held_out, train_tokenizer
@@ -271,8 +271,9 @@ class Run:
         mine = {k: v[:self.recipe.batch_size] for k,v in my_rows(rows).items()}
         where = first_not_finite(self.whale, mine, self.recipe.precision)
         what = f'the output of {where} is not finite' if where else 'the forward pass is finite, the gradient is not'
+        kept = 'the last good checkpoint is untouched' if checkpoints(self.out) else 'there is no checkpoint yet'
         raise FloatingPointError(f'{self.in_a_row} steps in a row had no finite gradient, up to step {self.state["step"]-1} ({what}); '
-            f'the last good checkpoint in {self.out} is untouched. Try a smaller learning rate')
+            f'{kept} in {self.out}. Try a smaller learning rate')
 
     def evaluate(self, m):
         "Measure the held-out text; note the best"

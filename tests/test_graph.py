@@ -100,6 +100,9 @@ def test_what_it_cannot_do_is_said(monkeypatch):
             step = plain(whale, past, 16)
             for _ in range(5): step(ids[:,:1])
 
+def test_a_decoder_needs_a_cache():
+    with pytest.raises(ValueError, match='use_cache must be True'): generate(small(), torch.zeros(1, 3).long(), 2, use_cache=False, decoder=plain)
+
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
     graph.compiled.cache_clear()
