@@ -170,16 +170,16 @@ def scaling(args):
     record('scaling', seed=0, runs=out)
 
 def bench(args):
-    "`nanowhale bench`, at the sizes that the chapter shows"
-    path = ROOT/'results'/'bench.json'
-    path.unlink(missing_ok=True)
-    for dtype in ('fp32', 'bf16'):
-        for B,T in ((1,512), (2,1024), (1,2048)):
-            words = ['bench', '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', args.repeats]
+    "`nanowhale bench`, at the sizes that the chapters show: the 110M whale, and the one with everything"
+    base,head = [(dtype, B, T) for dtype in ('fp32', 'bf16') for B,T in ((1,512), (2,1024), (1,2048))],provenance('python tests/measure.py bench')
+    for name,preset,sizes in (('bench', 'nanowhale_100m', base), ('bench_v4', 'nanowhale_v4', [('fp32', 1, 512)])):
+        path = ROOT/'results'/f'{name}.json'
+        path.unlink(missing_ok=True)
+        for dtype,B,T in sizes:
+            words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', args.repeats]
             print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
-    rows = json.loads(path.read_text())
-    head = provenance('python tests/measure.py bench')
-    path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
+        rows = json.loads(path.read_text())
+        path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
 
 EVERYWHERE = '''
 import re, sys, torch, nanowhale.model as M, nanowhale.train as T
