@@ -11,7 +11,7 @@ __all__ = ['CHUNK', 'FAR_BELOW', 'rms_norm', 'RMSNorm', 'window_mask', 'attend_d
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from .linear import Linear, linear, products
 from .rope import rotate, upcast
 
@@ -192,11 +192,21 @@ def fused_mask(
     docs:Tensor|None=None,  # [B,T] document of each token; None: one document per row
     device=None,            # of the table
 ) -> BlockMask:             # [B or 1,1,T,T]
-    "`window_mask` of whole rows as a rule, and a table of the blocks where it lets something through"
+    "`window_mask` of whole rows as a rule, and a table of the blocks of 128 by 128 pairs where it lets some through, or all"
     def sees(b, h, t, s):
         near = (t>=s) & (t-s<window)
         return near if docs is None else near & (docs[b,t]==docs[b,s])
-    return create_block_mask(sees, None if docs is None else len(docs), None, T, T, device=device)
+    w = 128
+    i = torch.arange(-(-T//w), device=device)
+    ago = (i[:,None]-i)[None,None]*w                            # between the same places of two blocks
+    some,every = (ago>=0) & (ago-w+1<window),(ago>0) & (ago+w-1<window)
+    if docs is not None:
+        d = docs[:,torch.arange(len(i)*w, device=device).clamp(max=T-1)].view(len(docs), 1, -1, w)
+        least,most = d.amin(-1),d.amax(-1)                      # [B,1,n] documents of a block
+        some = some & (least[...,None]<=most[...,None,:]) & (least[...,None,:]<=most[...,None])
+        every = every & (least[...,None]==most[...,None,:]) & (least[...,None,:]==most[...,None])
+    listed = lambda x: (x.sum(-1, dtype=torch.int32), x.int().argsort(dim=-1, descending=True, stable=True).int())
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), mask_mod=sees, seq_lengths=(T,T))
 
 def attend_fused(
     q:Tensor,         # [B,T,H,K]
