@@ -229,7 +229,7 @@ def fused_here(
     "Is attention to be one kernel? In a compiled graph, on a GPU, with heads that it has room for"
     if x.device.type!='cuda' or not torch.compiler.is_compiling(): return False
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
-    return 16<=K<={2: 128, 4: 64}.get(dtype.itemsize, 0)
+    return 16<=K<={torch.bfloat16: 128, torch.float32: 64}.get(dtype, 0)
 
 # %% ../nbs/02_mla.ipynb #ea3d9caf
 class KVCache:
