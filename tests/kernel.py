@@ -138,10 +138,10 @@ class Kernel:
         self.f,self.template = getattr(module, name),'_tem_' in name
     def run(self, *args, stream):
         if self.template: *args,x,y,z = args; return self.f[(x,y,z)](*args)
-        given = dict(zip(self.f.arg_names, args))          # all other kernels: everything as one block
-        size = lambda n: given[n.lower().replace('block', 'numel')]
-        sizes = {n: 1<<(size(n)-1).bit_length() for n in self.f.arg_names if n.endswith('BLOCK')}
-        self.f[(1,1,1)](*args, **sizes)
+        given = dict(zip(self.f.arg_names, args))          # for all other kernels, blocks that leave no rest: they may not look for one
+        size = {n: given[n.lower().replace('block', 'numel')] for n in self.f.arg_names if n.endswith('BLOCK')}
+        block = {n: x & -x for n,x in size.items()}
+        self.f[tuple(size.get(n, 1)//block.get(n, 1) for n in ('XBLOCK', 'YBLOCK', 'ZBLOCK'))](*args, **block)
 
 def program(code, folder):
     "The compiler's host code around its kernels, on the processor"
