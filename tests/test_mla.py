@@ -518,7 +518,7 @@ def test_bugs_in_one_kernel_are_seen(bug, monkeypatch):
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_one_kernel_is_one_graph(packed, backward):
-    "Mask, kernel and gate, with gradients, as the compiler takes them apart; what it would write for a GPU nobody sees here"
+    "Mask, kernel and gate, with gradients, as the compiler takes them apart; for what it writes for a GPU see tests/kernel.py"
     (q,kv,s,_),docs,_ = rows(4, 150, torch.float32)
     docs = docs if packed else None
     def whole(q, kv, s): return attend(q, kv, s, row_mask(torch.arange(150), 37, docs, fused=True))
