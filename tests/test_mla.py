@@ -465,7 +465,7 @@ def backward(monkeypatch):
 torch_version = tuple(map(int, torch.__version__.split('.')[:2]))
 
 def one_kernel(W, docs=None): return lambda q,kv,s,lse=False: attend_fused(q, kv, s, fused_mask(q.shape[1], W, docs), lse)
-def literal(W, docs=None): return lambda q,kv,s,lse=False: attend_dense(q, kv, s, window_mask(*(torch.arange(q.shape[1]),)*2, W, docs), lse)
+def literal(W, docs=None): return lambda q,kv,s,lse=False: attend_dense(q, kv, s, window_mask(*(torch.arange(q.shape[1], device=q.device),)*2, W, docs), lse)
 
 @pytest.mark.filterwarnings('ignore:flex_attention called')
 @pytest.mark.parametrize('T,W', [(150,37), (256,1), (300,300), (129,1000), (5,3)])
@@ -524,6 +524,18 @@ def test_one_kernel_is_one_graph(packed, backward):
     def whole(q, kv, s): return attend(q, kv, s, row_mask(torch.arange(150), 37, docs, fused=True))
     compiled = torch.compile(whole, backend='aot_eager', fullgraph=True, dynamic=False)
     for a,b in zip(both_ways(compiled, [q, kv, s]), both_ways(literal(37, docs), [q, kv, s])): assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('dtype,K', [(torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 96), (torch.bfloat16, 128)])
+def test_one_kernel_on_a_gpu(dtype, K, device='cuda', backend='inductor'):
+    "The kernel itself; written without a GPU"
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*n, generator=g).to(device, dtype) for n in ((2,300,8,K), (2,300,K), (8,))]
+    docs = (torch.arange(300, device=device)//100).expand(2, -1).contiguous()
+    def whole(q, kv, s): return attend(q, kv, s, row_mask(torch.arange(300, device=device), 128, docs, fused=True))
+    fast = both_ways(torch.compile(whole, backend=backend, fullgraph=True, dynamic=False), leaves)
+    for a,b in zip(fast, both_ways(literal(128, docs), [x.double() for x in leaves])): assert (a-b).norm()<=(2e-3 if dtype==torch.float32 else 2e-2)*b.norm()
 
 def tables(mask):
     "Blocks that the kernel visits, and those where it asks no rule, [B,n,n] each; by keys, and by queries as backward reads them"
