@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'FAR_BELOW', 'rms_norm', 'RMSNorm', 'window_mask', 'attend_dense', 'reach', 'chunk_scores', 'SinkAttention',
-           'attend', 'row_mask', 'attend_blocks', 'KVCache', 'GroupedLinear', 'Attention']
+           'attend', 'row_mask', 'attend_blocks', 'fused_mask', 'attend_fused', 'fused_here', 'KVCache',
+           'GroupedLinear', 'Attention']
 
 # %% ../nbs/02_mla.ipynb #a5288a36
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from .linear import Linear, linear, products
 from .rope import rotate, upcast
 
@@ -133,12 +135,13 @@ def attend(
     q:Tensor,                  # [B,T,H,K] queries, rotated
     kv:Tensor,                 # [B,S,K] shared keys = values, rotated
     sinks:Tensor,              # [H] learned logit of each head's sink
-    mask:Tensor|None=None,     # [B or 1,T,S] True where a query sees a key; [B or 1,n,w,2*w] in blocks, see `row_mask`; None: causal
+    mask:Tensor|BlockMask|None=None,   # [B or 1,T,S] True where a query sees a key; [B or 1,n,w,2*w] in blocks, or fused, see `row_mask`; None: causal
     far:Tensor|None=None,      # [B,C,K] entries beyond the window, under the same softmax
     far_mask:Tensor|None=None, # [B or 1,T,C] True where a query sees one
     lse:bool=False,            # as in `attend_dense`
 ) -> Tensor:                   # [B,T,H,K] averages of the values, still rotated
-    "`attend_dense`, some queries at a time, and in blocks where the mask is"
+    "`attend_dense`, some queries at a time, and in blocks or fused where the mask is"
+    if isinstance(mask, BlockMask) and far is None: return attend_fused(q, kv, sinks, mask, lse)
     T,S = q.shape[1],kv.shape[1]
     if mask is not None and mask.ndim==4: return attend_blocks(q, kv, sinks, mask, far, far_mask, lse)
     if mask is None and (far is not None or T==1): mask = q.new_ones(1, T, S, dtype=torch.bool).tril()
@@ -156,9 +159,11 @@ def row_mask(
     window:int,              # W, tokens that a query sees, itself among them
     docs:Tensor|None=None,   # [B,T] document of each token; None: one document per row
     least:int=64,            # shortest block
-) -> Tensor|None:            # for `attend`: [B or 1,T,T], in blocks [B or 1,n,w,2*w] where that is less, or None: causal
+    fused:bool=False,        # for one kernel, see `fused_here`
+) -> Tensor|BlockMask|None:  # for `attend`: [B or 1,T,T], in blocks [B or 1,n,w,2*w] where that is less, fused, or None: causal
     "`window_mask` of tokens that see each other, in its cheapest form"
     T,w = len(pos),max(window, least)
+    if fused and T>CHUNK: return fused_mask(T, window, docs, pos.device)
     if T<=window and docs is None: return None
     if T<=2*w: return window_mask(pos, pos, window, docs)
     pad,before = -T%w, torch.iinfo(pos.dtype).max//2          # no query comes after that position
@@ -187,6 +192,52 @@ def attend_blocks(
         parts.append(attend(q[:,at], kv[:,first:at.stop], sinks, seen, *entries, lse=True))
     o,total = (torch.cat(x, 1) for x in zip(*parts))
     return (o, total) if lse else o
+
+# %% ../nbs/02_mla.ipynb #f05ed0a2
+def fused_mask(
+    T:int,                  # tokens of a row
+    window:int,             # W, tokens that a query sees, itself among them
+    docs:Tensor|None=None,  # [B,T] document of each token; None: one document per row
+    device=None,            # of the table
+) -> BlockMask:             # [B or 1,1,T,T]
+    "`window_mask` of whole rows as a rule, and a table of the blocks of 128 by 128 pairs where it lets some through, or all"
+    def sees(b, h, t, s):
+        near = (t>=s) & (t-s<window)
+        return near if docs is None else near & (docs[b,t]==docs[b,s])
+    w = 128
+    i = torch.arange(-(-T//w), device=device)
+    ago = (i[:,None]-i)[None,None]*w                            # between the same places of two blocks
+    some,every = (ago>=0) & (ago-w+1<window),(ago>0) & (ago+w-1<window)
+    if docs is not None:
+        d = docs[:,torch.arange(len(i)*w, device=device).clamp(max=T-1)].view(len(docs), 1, -1, w)
+        least,most = d.amin(-1),d.amax(-1)                      # [B,1,n] documents of a block
+        some = some & (least[...,None]<=most[...,None,:]) & (least[...,None,:]<=most[...,None])
+        every = every & (least[...,None]==most[...,None,:]) & (least[...,None,:]==most[...,None])
+    listed = lambda x: (x.sum(-1, dtype=torch.int32), x.int().argsort(dim=-1, descending=True, stable=True).int())
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), mask_mod=sees, seq_lengths=(T,T))
+
+def attend_fused(
+    q:Tensor,         # [B,T,H,K]
+    kv:Tensor,        # [B,T,K]
+    sinks:Tensor,     # [H]
+    mask:BlockMask,   # from `fused_mask`
+    lse:bool=False,   # as in `attend_dense`
+) -> Tensor:          # [B,T,H,K]
+    "Attention without a sink in one kernel, times the gate that the sink is"
+    kv,sinks = kv.to(q.dtype)[:,None],upcast(sinks)[:,None]
+    o,aux = flex_attention(q.transpose(1,2), kv, kv, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    o = (upcast(o)*torch.sigmoid(aux.lse-sinks)[...,None]).to(q.dtype).transpose(1,2)
+    return (o, torch.logaddexp(aux.lse, sinks).detach().mT) if lse else o
+
+# %% ../nbs/02_mla.ipynb #f05ed0a6
+def fused_here(
+    x:Tensor,   # a weight of the model
+    K:int,      # channels of a head
+) -> bool:
+    "Is attention to be one kernel? In a compiled graph, on a GPU, with heads that it has room for"
+    if x.device.type!='cuda' or not torch.compiler.is_compiling(): return False
+    dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
+    return 16<=K<={torch.bfloat16: 128, torch.float32: 64}.get(dtype, 0)
 
 # %% ../nbs/02_mla.ipynb #ea3d9caf
 class KVCache:

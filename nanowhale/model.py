@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from .config import SIZES, SWA, WhaleConfig
 from .linear import Linear
 from .rope import rope_cos_sin
-from .mla import RMSNorm, KVCache, row_mask, window_mask
+from .mla import RMSNorm, KVCache, fused_here, row_mask, window_mask
 from .compress import NEVER, CompressedCache, document_starts, far_rope, make_blocks
 from .moe import HashRouter, bias_step, hash_table
 from .hyper import HyperHead
@@ -115,6 +115,7 @@ def views(
     cache:Cache|None=None,   # what came before; its ring of documents and its entries are extended
     losses:list|None=None,   # where indexers leave their losses
     sparse:bool=True,        # may indexers choose?
+    fused:bool=False,        # attention in one kernel, for whole rows of a model that does not compress? see `fused_here`
 ) -> dict:                   # kind of attention -> rope (cos, sin [T,R/2]), and the mask for `attend` or the `Blocks`
     "Where the new tokens stand and what they see; the same in every layer of a kind"
     start,starts,k_docs = cache.length if cache else 0,None,docs
@@ -123,7 +124,7 @@ def views(
     if cache: k_pos,docs,starts,k_docs = cache.look_back(ids, docs)
     elif docs is not None and kinds: starts = document_starts(docs)
     W = cfg.sliding_window
-    mask = window_mask(pos, k_pos, W, docs, k_docs) if start else row_mask(pos, W, docs)
+    mask = window_mask(pos, k_pos, W, docs, k_docs) if start else row_mask(pos, W, docs, fused=fused and not (kinds or cache))
     out = {SWA: (rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta), mask)}
     for kind,before in kinds.items():
         if cache and before is None: before = (pos.new_zeros(1 if docs is None else len(docs), 0),)*2
@@ -262,20 +263,20 @@ class Whale(Portable, nn.Module):
         check_batch(self.cfg.vocab_size, input_ids, labels, docs)
         if cache and labels is not None: raise ValueError('labels: they do not go with a cache; pass whole rows')
         losses = [] if labels is not None and torch.is_grad_enabled() else None
-        seen = views(self.cfg, input_ids, docs, cache, losses, sparse)
+        seen = views(self.cfg, input_ids, docs, cache, losses, sparse, fused_here(self.lm_head.weight, self.cfg.head_dim))
         e = self.model.embed_tokens(input_ids)
         X,routings = self.model(e, seen, cache.layers if cache else [None]*len(self.model.layers), input_ids)
-        out = WhaleOutput(self.model.norm(self.model.hc_head(X)), self.lm_head, streams=X)
+        hidden,loss,mtp_loss = self.model.norm(self.model.hc_head(X)),None,None
         if labels is not None:
-            out.loss = head_loss(out.hidden, self.lm_head.weight, shift_labels(labels, 1, docs))
+            loss = head_loss(hidden, self.lm_head.weight, shift_labels(labels, 1, docs))
             for block in self.mtp:
                 h,routing = block(X, next_embeddings(e, docs), *seen[SWA])
-                out.mtp_loss = head_loss(h, self.lm_head.weight, shift_labels(labels, 2, docs))
+                mtp_loss = head_loss(h, self.lm_head.weight, shift_labels(labels, 2, docs))
                 routings.append(routing)
-        if losses: out.indexer_loss = torch.stack(losses).mean()
-        out.balance_loss = torch.stack([r.balance_loss for r in routings]).sum()
-        out.expert_load = torch.stack([r.load for r in routings])
-        return out
+        indexer_loss = torch.stack(losses).mean() if losses else None
+        balance_loss,load = torch.stack([r.balance_loss for r in routings]).sum(),torch.stack([r.load for r in routings])
+        # the output is made last: a compiler may lose what is set on an object after a fused kernel, if something was set on it before
+        return WhaleOutput(hidden, self.lm_head, loss, mtp_loss, indexer_loss, balance_loss, load, X)
 
     def _apply(self, fn, recurse=True):
         "What `.to()`, `.bfloat16()` and `.half()` do: all is moved, but what `FLOAT32` names is never made narrower than float32"

@@ -49,6 +49,10 @@ MUTANTS = [   # module, old text, new text
     ('mla', 'self.length-self.window+1)', 'self.length-self.window+2)'),
     ('mla', 'if not 0<=n<=self.length-self.floor', 'if not 0<=n<=self.length'),
     ('mla', 'if T<=window and docs is None', 'if T<=2*window and docs is None'),
+    ('mla', 'torch.sigmoid(aux.lse-sinks)', 'torch.sigmoid(aux.lse+sinks)'), ('mla', '(t>=s) & (t-s<window)', '(t>=s) & (t-s<=window)'),
+    ('mla', 'near & (docs[b,t]==docs[b,s])', 'near'), ('mla', 'torch.logaddexp(aux.lse, sinks)', 'aux.lse'),
+    ('mla', 'if fused and T>CHUNK', 'if fused'), ('mla', '(ago-w+1<window)', '(ago<window)'), ('mla', '(ago+w-1<window)', '(ago<window)'),
+    ('model', 'fused and not (kinds or cache)', 'fused and not cache'),
     ('mla', 'z.softmax(-1).mul_(gate[:,at]),d', 'z.softmax(-1),d'),
     ('mla', 'int(seen[-1])+1 if', 'int(seen[-1]) if'),
     ('mla', 'max(0, a-w)', 'max(0, a-w+1)'),
@@ -173,7 +177,7 @@ MUTANTS = [   # module, old text, new text
     ('chat', 'head+messages[at:]', 'messages[at:]'),
     ('chat', 'self.messages = self.first+self.messages[later[0]:]', 'self.messages = self.messages[later[0]:]'),
     ('hub', 'open_to_all = private and not', 'open_to_all = private and'),
-    ('hub', 'data = Path(data).name ', 'data = str(Path(data)) '),
+    ('hub', 'Path(p).name if p', 'str(Path(p)) if p'),
     ('cli', "return complain(f'{type(e).__name__ if not str(e) else e}', 1)", "return complain(f'{type(e).__name__ if not str(e) else e}', 0)"),
 ]
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 from unittest.mock import patch
 import pytest, torch
 from torch import nn
+from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
 import nanowhale.model
 from nanowhale import mla, moe
-from nanowhale.config import SWA, WhaleConfig, count_params, nanowhale_100m, tiny
+from nanowhale.config import SWA, WhaleConfig, count_params, nanowhale_100m, tiny, tiny_v4
 from nanowhale.mla import KVCache
 from nanowhale.model import Cache, Whale, init_weights, views
 
@@ -495,17 +496,53 @@ def test_planted_uninitialised_parameter():
     with pytest.raises(AssertionError, match='extra is not initialised'): check_init(Forgot)
     with pytest.raises(ValueError, match='extra: init_weights has no rule'): init_weights(Forgot(small()), 0.3)
 
-@pytest.mark.parametrize('packed', [False, True])
-def test_a_step_is_one_graph_for_the_compiler(packed, monkeypatch):
+def recorder(graphs):
+    "A compiler that keeps what it is given, and runs it as it is"
+    return lambda graph, args: graphs.append(graph) or graph.forward
+def kernels(graphs): return sum('flex_attention' in str(n.target) for g in graphs for n in g.graph.nodes if n.op=='call_function')
+
+@pytest.mark.parametrize('packed,fused', [(False, False), (True, False), (True, True)])
+def test_a_step_is_one_graph_for_the_compiler(packed, fused, monkeypatch):
     "As on a GPU, where the experts run in groups; a break would cost a launch and a wait"
     if not hasattr(torch.nn.functional, 'grouped_mm'): pytest.skip('this torch has no grouped products')
     monkeypatch.setattr(moe, 'one_by_one', moe.grouped)
     monkeypatch.setattr(mla, '_uncompiled', mla.SinkAttention.apply)
+    monkeypatch.setattr(nanowhale.model, 'fused_here', lambda *args: fused)
+    monkeypatch.setattr(flex, '_validate_device', lambda *args: None)      # forbids gradients on a processor
     whale = Whale(replace(tiny(), num_hidden_layers=1)).bfloat16()
-    ids = torch.randint(0, 4096, (2,100))
-    docs = (torch.arange(100)>60).long().expand(2, -1) if packed else None
-    seen = torch._dynamo.explain(whale)(ids, labels=ids, docs=docs)
-    assert (seen.graph_count, seen.graph_break_count)==(1, 0), seen.break_reasons
+    T = 150 if fused else 100
+    ids = torch.randint(0, 4096, (2,T))
+    docs = (torch.arange(T)>60).long().expand(2, -1) if packed else None
+    graphs = []
+    torch._dynamo.reset()
+    out = torch.compile(whale, backend=recorder(graphs), fullgraph=True, dynamic=False)(ids, labels=ids, docs=docs)
+    assert len(graphs)==1 and kernels(graphs)==2*fused                 # of the layer and of the MTP block
+    for f in ('loss', 'mtp_loss', 'balance_loss', 'expert_load', 'logits'): assert getattr(out, f).isfinite().all(), f     # none lost on the way
+
+def test_a_whale_whose_attention_is_one_kernel(monkeypatch):
+    "Losses, loads and every gradient, beside those of the chunks; the graph is traced and run as it is, for no kernel can be had on a processor"
+    monkeypatch.setattr(flex, '_validate_device', lambda *args: None)
+    torch._dynamo.reset()
+    whale = Whale(replace(tiny(), vocab_size=97, num_hidden_layers=1, sliding_window=60, initializer_range=0.2, hc_sinkhorn_iters=2))
+    ids = torch.randint(97, (2,150))
+    docs = (torch.arange(150)>torch.tensor([[60], [100]])).long()
+    def step(net):
+        whale.zero_grad()
+        out = net(ids, labels=ids, docs=docs)
+        (out.loss+out.mtp_loss+out.balance_loss).backward()
+        return dict(loss=out.loss, mtp=out.mtp_loss, load=out.expert_load, logits=out.logits) | {n: p.grad.clone() for n,p in whale.named_parameters()}
+    want,graphs = step(whale),[]
+    monkeypatch.setattr(nanowhale.model, 'fused_here', lambda *args: True)
+    got = step(torch.compile(whale, backend=recorder(graphs), dynamic=False))
+    assert kernels(graphs)==2
+    for k in want: assert_close(got[k], want[k], atol=2e-5, rtol=1e-4, msg=lambda m: f'{k}: {m}')
+
+def test_one_kernel_is_for_whole_rows_of_plain_layers():
+    ids = torch.zeros(1, 200, dtype=torch.long)
+    plain,compressing = replace(tiny(), sliding_window=9),tiny_v4()
+    assert isinstance(views(plain, ids, fused=True)[SWA][1], flex.BlockMask)
+    for seen in (views(plain, ids), views(plain, ids, cache=Cache(plain), fused=True), views(compressing, ids, fused=True)):
+        assert isinstance(seen[SWA][1], torch.Tensor)
 
 def test_from_double_and_back():
     whale,ids = random_whale(),random_ids(2, 9)
