@@ -55,7 +55,7 @@ MUTANTS = [   # module, old text, new text
     ('model', 'fused and not (kinds or cache)', 'fused and not cache'),
     ('mla', 'z.softmax(-1).mul_(gate[:,at]),d', 'z.softmax(-1),d'),
     ('mla', 'int(seen[-1])+1 if', 'int(seen[-1]) if'),
-    ('mla', 'max(0, a-w)', 'max(0, a-w+1)'),
+    ('mla', 'max(0, a-w)', 'max(0, a-w+2)'),
     ('mla', 'kv,sinks,far = upcast(kv),upcast(sinks),None if far is None else upcast(far)', 'pass'),
     ('compress', '(pos-starts+1)%rate==0', '(pos-starts)%rate==0'),
     ('compress', 'pos[rate-1-int(pos[0])%rate::rate]', 'pos[rate-int(pos[0])%rate::rate]'),
