@@ -22,7 +22,7 @@ class FixedRing:
     def __init__(self,
         kv:Tensor,    # [B,S,K] slots, written in place
         slot:Tensor,  # [1] of the new token
-        far:tuple=()):# `FixedMemory` of each of its compressors
+        far:list=()): # `FixedMemory` of each of its compressors
         self.kv,self.slot,self.far = kv,slot,far
     def extend(self, kv): return self.kv.index_copy_(1, self.slot, kv)   # [B,1,K] -> [B,S,K]
 
@@ -91,7 +91,7 @@ def one_step(
     X,_ = whale.model(whale.model.embed_tokens(ids), seen, kept, ids)
     return whale.lm_head(whale.model.norm(whale.model.hc_head(X))[:,-1])
 
-# %% ../nbs/13_graph.ipynb #60a874d9
+# %% ../nbs/13_graph.ipynb #60a874e0
 LEAST = 256    # fewest slots of a ring, if the window has as many
 
 def need_compiler(
@@ -109,6 +109,7 @@ def compiled(
     need_compiler(device)
     return torch.compile(one_step, dynamic=False, mode='reduce-overhead')
 
+# %% ../nbs/13_graph.ipynb #60a874e1
 def roomy(
     x:Tensor,  # [B,n,W]
     S:int,     # how many rows there will be
@@ -116,6 +117,7 @@ def roomy(
     "The first rows of x, and zeros after them"
     return F.pad(x[:,:S], (0,0,0,max(0, S-x.shape[1]))).clone()
 
+# %% ../nbs/13_graph.ipynb #60a874d9
 class Decoder:
     "Goes on from a cache, a token for each row at a time; the whole step is one compiled graph. For `generate(decoder=...)`"
     def __init__(self,
@@ -127,7 +129,7 @@ class Decoder:
         if past.spare: raise ValueError('a compiled step takes nothing back: give it a cache without spare slots')
         cfg,kv,full = whale.cfg,past.layers[0].kv,max(LEAST, 1<<(most-1).bit_length())
         S = min(cfg.sliding_window, full)
-        self.whale,self.length,self.most = whale,past.length,most if S==full or past.entries else None
+        self.whale,self.length,self.most = whale,past.length,most if S<cfg.sliding_window or past.entries else None
         self.pos = torch.tensor([past.length], device=kv.device)
         self.first = torch.zeros_like(self.pos).expand(len(kv)).contiguous() if docs is None else (docs<0).sum(1)
         self.ends = {kind: entry_ends(*e, cfg.rates[kind], self.first, past.length, full) for kind,e in past.entries.items()}
