@@ -130,6 +130,7 @@ class SinkAttention(torch.autograd.Function):
 
 # %% ../nbs/02_mla.ipynb #9d493896
 _uncompiled = torch.compiler.disable(SinkAttention.apply)   # on a processor a compiler would take minutes over chunks of so many sizes, and gain nothing
+_blocks_uncompiled = torch.compiler.disable(lambda *args: attend_blocks(*args))
 
 def attend(
     q:Tensor,                  # [B,T,H,K] queries, rotated
@@ -143,7 +144,7 @@ def attend(
     "`attend_dense`, some queries at a time, and in blocks or fused where the mask is"
     if isinstance(mask, BlockMask) and far is None: return attend_fused(q, kv, sinks, mask, lse)
     T,S = q.shape[1],kv.shape[1]
-    if mask is not None and mask.ndim==4: return attend_blocks(q, kv, sinks, mask, far, far_mask, lse)
+    if mask is not None and mask.ndim==4: return (_blocks_uncompiled if q.device.type=='cpu' else attend_blocks)(q, kv, sinks, mask, far, far_mask, lse)
     if mask is None and (far is not None or T==1): mask = q.new_ones(1, T, S, dtype=torch.bool).tril()
     if far is not None:
         B = max(len(mask), len(far_mask))

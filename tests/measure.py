@@ -8,6 +8,7 @@
     python tests/measure.py products                   one matrix product, by several libraries                 results/products.json
     python tests/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
     python tests/measure.py bench [--repeats N]        `nanowhale bench` at three sizes, in fp32 and in bf16       results/bench.json
+    python tests/measure.py bench_v4 [--repeats N]     the same for the preset with compressed attention          results/bench_v4.json
     python tests/measure.py explorers [--model FOLDER]  page weight, seconds to the first token, logits      results/explorers.json
     python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
@@ -169,17 +170,23 @@ def scaling(args):
     measure('streams', {N: hyper(N, 2048) for N in (1, 2, 4, 8)})
     record('scaling', seed=0, runs=out)
 
+def benched(name, preset, sizes, repeats):
+    "`nanowhale bench` at these sizes, one after the other, in one file"
+    path,head = ROOT/'results'/f'{name}.json',provenance(f'python tests/measure.py {name}')
+    path.unlink(missing_ok=True)
+    for dtype,B,T in sizes:
+        words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', repeats]
+        print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
+
 def bench(args):
-    "`nanowhale bench`, at the sizes that the chapters show: the 110M whale, and the one with everything"
-    base,head = [(dtype, B, T) for dtype in ('fp32', 'bf16') for B,T in ((1,512), (2,1024), (1,2048))],provenance('python tests/measure.py bench')
-    for name,preset,sizes in (('bench', 'nanowhale_100m', base), ('bench_v4', 'nanowhale_v4', [('fp32', 1, 512)])):
-        path = ROOT/'results'/f'{name}.json'
-        path.unlink(missing_ok=True)
-        for dtype,B,T in sizes:
-            words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', args.repeats]
-            print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
-        rows = json.loads(path.read_text())
-        path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
+    "The 110M whale"
+    benched('bench', 'nanowhale_100m', [(dtype, B, T) for dtype in ('fp32', 'bf16') for B,T in ((1,512), (2,1024), (1,2048))], args.repeats)
+
+def bench_v4(args):
+    "The one that leaves nothing of V4 out"
+    benched('bench_v4', 'nanowhale_v4', [('fp32', 1, 512)], args.repeats)
 
 EVERYWHERE = '''
 import re, sys, torch, nanowhale.model as M, nanowhale.train as T
@@ -328,8 +335,8 @@ if __name__=='__main__':
     for name,n in dict(seed=0, prompts=200, hf_prompts=50, tokens=40, drafted_tokens=40, drafts=2).items():
         a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
     sub.add_parser('products').set_defaults(f=products)
-    for f,n in ((scaling, 5), (bench, 5)):
-        a = sub.add_parser(f.__name__); a.add_argument('--repeats', type=int, default=n); a.set_defaults(f=f)
+    for f in (scaling, bench, bench_v4):
+        a = sub.add_parser(f.__name__); a.add_argument('--repeats', type=int, default=5); a.set_defaults(f=f)
     a = sub.add_parser('explorers'); a.set_defaults(f=explorers); a.add_argument('--model', help='folder of a trained run; none: the default run first')
     a.add_argument('--loads', type=int, default=5)
     a = sub.add_parser('full'); a.set_defaults(f=full)

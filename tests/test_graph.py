@@ -172,3 +172,20 @@ def test_training_steps_of_a_compiled_whale():
     for got,want in zip(run(True), run(False)):
         assert got.keys()==want.keys() and got['expert_load']==want['expert_load']
         for k in ('loss', 'mtp_loss', 'balance_loss', 'grad_norm', 'comb_logit', 'column_error'): assert got[k]==pytest.approx(want[k], rel=2e-3), k
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_whale_is_compiled_once():
+    "With every kind of layer and rows of many blocks: within the compiler's limit, and with the gradients of the uncompiled one"
+    torch._dynamo.reset()
+    whale = far_sighted(window=20, num_nextn_predict_layers=1, initializer_range=0.05)     # in float64, where no two entries change their order
+    ids,docs = torch.randint(97, (2,200)),(torch.arange(200)>90).long().expand(2, -1).contiguous()
+    def step(net):
+        whale.zero_grad()
+        out = net(ids, labels=ids, docs=docs)
+        (out.loss+out.mtp_loss+out.indexer_loss+out.balance_loss).backward()
+        return [out.loss.detach(), out.indexer_loss.detach(), *(p.grad for p in whale.parameters() if p.grad is not None)]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        net = torch.compile(whale, dynamic=False)
+        step(net); got = step(net)
+    for a,b in zip(got, step(whale), strict=True): assert_close(a, b, atol=1e-6, rtol=1e-5)
