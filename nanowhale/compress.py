@@ -36,11 +36,11 @@ def block_ends(
     pos:Tensor,               # [T] positions of new tokens
     rate:int,                 # m, tokens in one block
     starts:Tensor|None=None,  # [B,T] from `document_starts`; None: one document per row, from position 0
-    count:int|None=None,      # with documents: how many to return, so that nobody has to wait for the number; None: as many as there are
+    count:int|None=None,      # how many to return, so that nobody has to wait for the number; None: as many as there are
 ) -> Tensor:                  # [B or 1,C] rising; NEVER where a row has fewer
     "Positions at which the new tokens finish a block"
-    if starts is None: return pos[rate-1-int(pos[0])%rate::rate][None]
-    ends = torch.where((pos-starts+1)%rate==0, pos, NEVER).sort(1).values
+    if starts is None and count is None: return pos[rate-1-int(pos[0])%rate::rate][None]
+    ends = torch.where((pos-(0 if starts is None else starts)+1)%rate==0, pos, NEVER).view(-1, len(pos)).sort(1).values
     return ends[:, :int((ends<NEVER).sum(1).max()) if count is None else count]
 
 # %% ../nbs/03_compress.ipynb #b8b04a97
