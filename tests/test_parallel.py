@@ -63,7 +63,7 @@ def test_two_processes_are_one_run(alone, how, n_then):
     folder,want = alone
     train(2, *options(6, how), '--out', how, cwd=folder)
     early = apart(want[:2], metrics(folder/how)[:2])
-    assert early['loss']<1e-5 and early['grad_norm']<1e-5, early
+    assert early['loss']<1e-5 and early['grad_norm']<1e-4, early
     got = apart(want, metrics(folder/how))
     assert got['steps']==6 and got['loss']<5e-4 and got['grad_norm']<1e-3, got   # rounding alone comes to 5e-5 with torch 2.9
     start = folder/how if n_then==1 else folder/'alone'            # 2 -> 1 processes, 1 -> 2 processes
