@@ -280,9 +280,9 @@ def tiny(
 
 # %% ../nbs/00_config.ipynb #ec3c149e
 def nanowhale_100m()->WhaleConfig:
-    "The nanowhale-100m model card's table: full attention over its context, 2 Sinkhorn rounds, V3's vocabulary"
+    "The nanowhale-100m model card's table: full attention over its context, 2 Sinkhorn rounds, the vocabulary of V4's tokenizer"
     return WhaleConfig(vocab_size=129280, hidden_size=320, num_hidden_layers=8, num_attention_heads=8, head_dim=96,
-        qk_rope_head_dim=64, q_lora_rank=160, o_groups=2, o_lora_rank=80, sliding_window=2048, max_position_embeddings=2048,
+        qk_rope_head_dim=32, q_lora_rank=160, o_groups=2, o_lora_rank=80, sliding_window=2048, max_position_embeddings=2048,
         moe_intermediate_size=640, n_routed_experts=4, num_experts_per_tok=2, hc_sinkhorn_iters=2)
 
 # %% ../nbs/00_config.ipynb #44287aa3
