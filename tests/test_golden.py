@@ -187,11 +187,31 @@ def settings():
     ini.read(ROOT/'settings.ini', encoding='utf-8')
     return ini['DEFAULT']
 
+def parsed(lines): return [pytest.importorskip('packaging.requirements').Requirement(r) for r in lines]
+def requirements(key): return parsed(settings()[key].split())
+
+ALL = ('requirements', 'dev_requirements', 'docs_requirements')
+
 def test_what_is_installed_is_within_the_bounds():
-    requirements = pytest.importorskip('packaging.requirements')
-    for r in map(requirements.Requirement, settings()['requirements'].split()):
+    for r in requirements('requirements'):
         assert r.specifier.contains(version(r.name), prereleases=True), f'{r}, but {version(r.name)} is here'
         assert any(s.operator=='>=' for s in r.specifier), f'{r} has no lower bound'
+
+def test_an_upper_bound_stands_where_something_breaks():
+    "What that is stands above it in settings.ini. A bound for caution would take a user's own newer torch away"
+    upper = {r.name for key in ALL for r in requirements(key) for s in r.specifier if s.operator!='>='}
+    assert upper=={'fastcore', 'nbdev', 'execnb'}
+
+def test_tested_versions_are_within_the_bounds():
+    "tested.txt has one line for each requirement of any kind, with a release that settings.ini allows"
+    rows = parsed(r for r in (ROOT/'tested.txt').read_text().splitlines() if r and r[0]!='#')
+    tested = {r.name.lower(): r for r in rows}
+    assert len(tested)==len(rows)
+    for r in rows:
+        assert [s.operator for s in r.specifier]==['=='] and str(r.marker or '') in ('', 'python_version >= "3.11"'), r
+    for r in (r for key in ALL for r in requirements(key)):
+        pinned = next(iter(tested[r.name.lower()].specifier)).version
+        assert r.specifier.contains(pinned), f'{r}, but tested.txt has {pinned}'
 
 def test_every_import_is_required():
     "numpy comes with transformers"
