@@ -27,6 +27,7 @@ from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.model import Whale
 from nanowhale.optim import make_optimizers
 from nanowhale.step import get_recipe, train_step
+import ages
 from runs import ROOT, jsonl, provenance, texts
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -212,6 +213,14 @@ def test_tested_versions_are_within_the_bounds():
     for r in (r for key in ALL for r in requirements(key)):
         pinned = next(iter(tested[r.name.lower()].specifier)).version
         assert r.specifier.contains(pinned), f'{r}, but tested.txt has {pinned}'
+
+def test_freeze_writes_what_is_installed(tmp_path):
+    "Into the lines there are, conditions kept; remarks stay"
+    path = tmp_path/'tested.txt'
+    path.write_text('# torch==1 is old\ntorch==1\nnumpy==1; python_version >= "3.11"\n')
+    ages.freeze(path)
+    torch_version = torch.__version__.split('+')[0]
+    assert path.read_text()==f'# torch==1 is old\ntorch=={torch_version}\nnumpy=={version("numpy")}; python_version >= "3.11"\n'
 
 def test_every_import_is_required():
     "numpy comes with transformers"
