@@ -18,7 +18,7 @@ from nanowhale.mla import CHUNK, attend
 from nanowhale.model import Cache, Whale
 from nanowhale.rope import rotate
 from nanowhale.speculate import speculate
-from nanowhale.step import add_gradients
+from nanowhale.step import add_gradients, n_queries
 import recall
 from test_parity import no_downcast, pair, run
 
@@ -311,6 +311,22 @@ def test_the_indexers_loss_is_a_mean_over_the_queries_that_saw_an_entry():
     each = [(p*(p/s.softmax(0)).log()).sum() for s,p in ((scores[b,t][m],target[b,t][m]) for b,t in seen.any(-1).nonzero().tolist() for m in [seen[b,t]])]
     assert 2<len(each)<9
     assert_close(compress.index_loss(scores, target, seen), sum(each)/len(each), atol=1e-9, rtol=1e-9)
+
+@pytest.mark.parametrize('seed', range(6))
+def test_padding_sees_no_entry_and_teaches_no_indexer(seed):
+    "And the queries that a step counts are those that the attention lets see an entry"
+    g = torch.Generator().manual_seed(seed)
+    docs = (torch.rand(3, T, generator=g)<0.1).cumsum(1)
+    docs[0,-9:] = docs[1,:7] = -1
+    whale = whale_of()
+    seen = make_blocks(whale.cfg, CSA, torch.arange(T), None, docs, document_starts(docs))[0].seen
+    assert not seen[docs<0].any()
+    want = sum(docs[b,t]>=0 and (docs[b,:t+1]==docs[b,t]).sum()>=whale.cfg.compress_rate_csa for b in range(3) for t in range(T))
+    assert n_queries(whale.cfg, docs)==seen.any(-1).sum()==want>0
+    assert n_queries(replace(whale.cfg, layer_types=(HCA,)*whale.cfg.num_hidden_layers), docs)==0
+    ids = torch.randint(30, (3, T), generator=g)
+    other = ids.where(docs>=0, (ids+1)%30)
+    assert_close(*(whale(i, labels=ids, docs=docs, sparse=False).indexer_loss for i in (ids, other)))
 
 def test_balance_is_summed_over_blocks_and_what_indexers_lose_is_averaged(monkeypatch):
     whale,ids,met = whale_of(layer_types=(CSA,CSA,HCA), num_nextn_predict_layers=1),torch.randint(30, (2,T)),{}
