@@ -105,35 +105,24 @@ def processor():
 
 def pair(word): return tuple(map(float, word.split(',')))   # a speed and a weight, as typed
 
-def held_out_load(folder):
-    "How a finished run's whale spreads its held-out text over the experts: shares [blocks][E]"
-    from nanowhale.data import load_tokenizer
-    from nanowhale.model import Whale
-    from nanowhale.step import Recipe
-    from nanowhale.stream import held_out_texts
-    from nanowhale.train import HeldOut
-    whale,recipe = Whale.from_pretrained(folder),Recipe(**json.loads((folder/'run.json').read_text())['recipe'])
-    held = HeldOut(held_out_texts(recipe.data)[0], load_tokenizer(folder), recipe, whale.cfg.vocab_size)
-    return [[round(share, 4) for share in block] for block in held.scores(whale)['expert_load']]
-
 def balance(args):
     "The default run with other speeds of the bias and other weights of the balance loss; each run is kept as soon as it has ended"
     path = ROOT/'results'/'balance.json'
     runs = json.loads(path.read_text())['runs'] if path.exists() else []
-    commit = provenance('')['commit']
+    where = dict(commit=provenance('')['commit'], processor=processor())
     for seed in args.seeds:
         for speed,weight in args.pairs:
             key = dict(bias_speed=speed, balance_weight=weight, seed=seed)
-            same = [r for r in runs if all(r[k]==v for k,v in key.items())]
-            if any(r['commit']==commit for r in same): continue
+            if any(key.items()<=r.items() for r in runs): continue
             with tempfile.TemporaryDirectory() as d:
                 out = Path(d)/'whale'
                 nanowhale('train', '--bias_speed', speed, '--balance_weight', weight, '--seed', seed, '--out', out)
-                results,load = json.loads((out/'results.json').read_text()),held_out_load(out)
-            row = key | dict(held_out_bits_per_byte=results['held-out bits per byte'], held_out_load=load, commit=commit)
-            runs = [r for r in runs if r not in same]+[row]
-            record('balance', processor=processor(), runs=runs)
-            print(row, flush=True)
+                end = lines(out/'metrics.jsonl')[-1]
+            load = [[round(share, 4) for share in block] for block in end['held_out_load']]
+            bpb = round(end['held_out_bits_per_byte'], 4)
+            runs.append(key | dict(held_out_bits_per_byte=bpb, held_out_load=load) | where)
+            record('balance', runs=runs)
+            print(runs[-1], flush=True)
 
 def products(args):
     "The six versions of 00_linear, and the rate at which one row's product reads its weights"
