@@ -44,7 +44,7 @@ class Recipe:
     balance_weight: float = 1e-4   # weight of the sequence-wise balance loss (V4 section 4.2.2)
     indexer_weight: float = 1.0    # weight of the indexers' loss, which reaches nothing but the indexers (V3.2 section 2.1.1)
     dense: float = 0.3             # share of the run, at its start, in which queries see all entries and indexers only learn
-    bias_speed: float = 1e-3       # step of the router's bias (V4 section 4.2.2)
+    bias_speed: float = 1e-2       # step of the router's bias; V4's 1e-3 (section 4.2.2) is for many more steps
     init_std: float = 0.02         # standard deviation of the first weights
     data: str|None = None          # .txt, .jsonl or .parquet (.gz, .zst), folder, address, or Hub dataset; none: the English that ships with Python
     field: str = 'text'            # where a row of the data keeps its text
@@ -87,9 +87,9 @@ CARD = dict(muon_lr=0., warmup=0.03, decay=1.0, mtp_weight=0., balance_weight=0.
 CHAT = dict(muon_lr=0., weight_decay=0., mtp_weight=0.1, field='messages', buffer=1_000_000)   # for a model that knows how to write
 RECIPES = dict(   # preset -> name -> recipe
     tiny=dict(whale=Recipe(), card=Recipe(**CARD, lr=3e-3), chat=Recipe(**CHAT, steps=200, batch_size=4, context=512, lr=2e-3)),
-    nanowhale_100m=dict(whale=Recipe(**SIZES['nanowhale_100m'], lr=3e-3, muon_lr=5e-3, warmup=0.03),
+    nanowhale_100m=dict(whale=Recipe(**SIZES['nanowhale_100m'], lr=3e-3, muon_lr=5e-3, warmup=0.03, bias_speed=1e-3),
         card=Recipe(**SIZES['nanowhale_100m'], **CARD, lr=6e-4),
-        chat=Recipe(**SIZES['nanowhale_100m'] | dict(steps=500, evals=5, data=None, tokenizer=None), **CHAT, lr=1e-4)))
+        chat=Recipe(**SIZES['nanowhale_100m'] | dict(steps=500, evals=5, data=None, tokenizer=None), **CHAT, lr=1e-4, bias_speed=1e-3)))
 RECIPES |= dict(tiny_v4=RECIPES['tiny'], nanowhale_v4=RECIPES['nanowhale_100m'])   # of equal size, so far without values of their own
 
 # %% ../nbs/15_step.ipynb #628dd99c
