@@ -22,9 +22,10 @@ from .evaluate import evaluate, xz_bits_per_byte
 from .generate import generate
 from .graph import need_compiler
 from .model import Whale
+from .moe import max_vio
 from .optim import make_optimizers
 from .parallel import from_first, local_device, my_rows, n_ranks, rank, ranks, spread, total
-from .step import Recipe, first_not_finite, get_recipe, n_targets, train_step
+from .step import Recipe, first_not_finite, get_recipe, load_balance, n_targets, train_step
 from .stream import Blocks, Stream, as_is, held_out_texts, pack_texts
 from .weights import read_file
 
@@ -144,14 +145,20 @@ def plot_load(
     metrics:list[dict],        # one a step
     path:str|Path|None=None,   # where to save the picture; None: return the figure
 ):
-    "The share of the tokens that goes to each expert, a panel a block"
+    "The share of the tokens that goes to each expert, a panel a block, and the MaxVio of the worst block"
     from nanowhale.figures import COLORS, figure, plt
-    load = torch.tensor([m['expert_load'] for m in metrics]).float()
-    fig,axs = figure(load.shape[1], width=1.9, height=2, sharey=True, squeeze=False)
-    for i,ax in enumerate(axs[0]):
-        ax.plot([m['step'] for m in metrics], 100*load[:,i]/load[:,i].sum(-1, keepdim=True), lw=0.7)
-        ax.axhline(100/load.shape[-1], color=COLORS['content'], lw=1, ls=':'); ax.set(title=f'block {i}', xlabel='step', ylim=(0, None))
-    axs[0,0].set_ylabel('per cent of the choices')
+    load,steps = torch.tensor([m['expert_load'] for m in metrics]).float(),[m['step'] for m in metrics]
+    share = 100*load/load.sum(-1, keepdim=True).clamp(min=1)
+    fig,(*axs,worst) = figure(load.shape[1]+1, width=1.9, height=2)
+    for i,ax in enumerate(axs):
+        ax.plot(steps, share[:,i], lw=0.7)
+        ax.axhline(100/load.shape[-1], color=COLORS['content'], lw=1, ls=':')
+        ax.set(title=f'block {i}', xlabel='step', ylim=(0, 1.05*share.max().item()))
+    axs[0].set_ylabel('per cent of the choices')
+    worst.plot(steps, max_vio(load).amax(-1), color=COLORS['bad'], lw=0.7, label='training')
+    held = [(m['step'], m['held_out_max_vio']) for m in metrics if 'held_out_max_vio' in m]
+    if held: worst.plot(*zip(*held), 'o-', color=COLORS['held_out'], lw=1, label='held-out'); worst.legend()
+    worst.set(title='MaxVio, worst block', xlabel='step', ylim=(0, None))
     if path is None: return fig
     fig.savefig(path); plt.close(fig)
 
@@ -279,7 +286,8 @@ class Run:
         "Measure the held-out text; note the best"
         scores = self.held.scores(self.whale)
         self.measured = self.state['step'],scores
-        m.update(held_out_loss=scores['loss'], held_out_bits_per_byte=scores['bits_per_byte'])
+        m.update(held_out_loss=scores['loss'], held_out_bits_per_byte=scores['bits_per_byte'], held_out_load=scores['expert_load'])
+        m.update({f'held_out_{k}': v for k,v in load_balance(torch.tensor(scores['expert_load'])).items()})
         if self.state['best'] is None or scores['loss']<self.state['best'][1]: self.state['best'] = [self.state['step'], scores['loss']]
 
     def save(self):
@@ -314,15 +322,20 @@ RUNS = dict(text=Run)   # kind of data -> kind of run; chapter 16 adds conversat
 def measure(
     run:Run,   # at its end
 ) -> dict:     # what was measured -> value
-    "The figures of a run: held-out loss, bits per byte beside xz's, speed, and a sample"
+    "The figures of a run: held-out loss, bits per byte beside xz's, how evenly the experts work, speed, and a sample"
     state,data = run.state,'\n\n'.join(run.held.targets()).encode()
     step,scores = run.measured
     if step!=state['step']: scores = run.held.scores(run.whale)   # a run that was killed between its last step and its end
+    load = torch.tensor(scores['expert_load'])
+    shares = load_balance(load)
     before = {'held-out loss before, nats per token': round(state['before'], 4)} if 'before' in state else {}
     return before | {
         'held-out loss, nats per token': round(scores['loss'], 4),
         'held-out bits per byte': round(scores['bits_per_byte'], 4),
         'held-out token accuracy': round(scores['accuracy'], 4),
+        'held-out MaxVio of each block': [round(v, 2) for v in max_vio(load).tolist()],
+        'held-out share of the idlest expert of a block': round(shares['smallest_share'], 4),
+        'held-out share of the busiest expert of a block': round(shares['busiest_share'], 4),
         'xz -9e on the same text, bits per byte': round(xz_bits_per_byte(data), 4),
         'held-out bytes': run.held.n_bytes,
         'targets seen in training': state.get('targets') or state['step']*run.recipe.targets,

@@ -7,6 +7,10 @@
 Both models hold the same weights; norms, sinks, scales and the router's bias are random too, since ones and zeros hide
 mistakes. Errors are relative: of logits to the largest of them (or 1), of a gradient to the norm of that parameter's gradient.
 
+Layers that compress, whose indexer chooses entries, are compared in tests/test_compress.py. Entries with equal scores, which are common
+since ReLU makes many of them zero, are a set of which either program may take any; ours takes the later ones, and `later_of_equals`
+lends transformers that rule after it has seen that both choose the same but for equals.
+
 Every configuration is compared twice. In float32, as it is used. And in float64, with transformers' casts to float32 held
 back, because some gradients are (nearly) zero by the mathematics: the router's when a single expert is chosen, whose weight is
 then always 1; whatever lies before a norm of one channel. In float32 such a gradient is rounding error and no two programs
@@ -64,6 +68,24 @@ def no_downcast():
     torch.Tensor.to = lambda x,*a,**kw: x if x.dtype==torch.float64 and a==(torch.float32,) else to(x, *a, **kw)
     try: yield
     finally: torch.Tensor.to,torch.Tensor.float = to,as_float
+
+@contextmanager
+def later_of_equals(met=None):
+    """Inside, `x.topk` takes the later of equals, as our `choose` does; the plain one promises nothing. What that took must be the same
+    but for equals: all above the least score taken, and of those at it as many as are left. `met` counts where it took other ones"""
+    plain = torch.Tensor.topk
+    def topk(x, k, dim=-1):
+        there = plain(x, k, dim=-1)
+        at = x.shape[-1]-1-x.flip(-1).sort(dim=-1, descending=True, stable=True).indices[...,:k]
+        values = x.gather(-1, at)
+        took = [torch.zeros_like(x).bool().scatter(-1, picks, True) for picks in (there.indices, at)]
+        above = x>values[...,-1:]
+        assert torch.equal(there.values, values) and torch.equal(took[0] & above, took[1] & above), 'not the k largest'
+        if met is not None: met.append((took[0]!=took[1]).any(-1).sum().item())
+        return torch.return_types.topk((values, at))
+    torch.Tensor.topk = topk
+    try: yield
+    finally: torch.Tensor.topk = plain
 
 def run(model, ids, labels):
     "Logits, loss, and every parameter's gradient of that loss"
