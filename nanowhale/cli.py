@@ -80,7 +80,7 @@ def chat(
 # %% ../nbs/20_cli.ipynb #ea5ecf32
 def evaluate(
     model:Param('checkpoint folder, or a model on the Hub: USER/NAME', str, opt=False, nargs='?')='whale',
-    data:str=None,         # text by any name, .jsonl .csv .tsv .parquet (.gz .zst), folder, address, Hub dataset; none: what was held out of the embedded English
+    data:str=None,         # text by any name, .jsonl .csv .tsv .parquet (.gz .zst), folder, address, Hub dataset; none: held-out English that comes with Python
     context:int=256,       # targets in a row
     batch_size:int=8,      # rows in one forward pass; the figures do not depend on it
     field:str='text',      # where a table's row keeps its text: null or blank is left out, missing or unreadable is an error

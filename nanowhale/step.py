@@ -44,7 +44,7 @@ class Recipe:
     dense: float = 0.3             # share of the run, at its start, in which queries see all entries and indexers only learn
     bias_speed: float = 1e-3       # step of the router's bias (V4 section 4.2.2)
     init_std: float = 0.02         # standard deviation of the first weights
-    data: str|None = None          # text by any name, .jsonl .csv .tsv .parquet (.gz .zst), folder, address, Hub dataset; none: the English that ships with Python
+    data: str|None = None          # text by any name, .jsonl .csv .tsv .parquet (.gz .zst), folder, address, Hub dataset; none: English that comes with Python
     field: str = 'text'            # where a table's row keeps its text: null or blank is left out, missing or unreadable is an error
     tokenizer: str|None = None     # folder or Hub name; none: one is trained on the data
     init: str|None = None          # folder of a trained whale to start from, with its tokenizer; none: random weights
