@@ -16,7 +16,7 @@ import codecs,csv,io,re,shutil,sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from urllib.parse import urlsplit
@@ -68,12 +68,12 @@ def cut_after(
 def pieces(
     text:str|Iterable[str],   # a text, or the parts of one as they are read
     size:int=PIECE,           # characters after which a piece ends at the next good place
-) -> Iterator[str]:           # pieces of `size` to twice as many
-    "Cut a text longer than `2*size`; joined again the pieces are the text"
+) -> Iterator[str]:           # pieces of `size` to twice as many, the last of up to three times
+    "Cut a text longer than `3*size`; joined again the pieces are the text"
     rest = ''
     for part in [text] if isinstance(text, str) else text:
         rest,start = rest+part,0
-        while len(rest)-start>2*size:
+        while len(rest)-start>3*size:   # what is left is no scrap
             end = cut_after(rest, start+size, start+2*size)
             yield rest[start:end]
             start = end
@@ -265,7 +265,7 @@ def fault_of(
 ) -> str|None:
     "What keeps it from being read before one has looked inside; None: nothing"
     if not path.exists(): return 'a link to nothing' if path.is_symlink() else 'not there'
-    if path.is_dir(): return 'a folder'
+    if path.is_dir(): return 'a link to a folder' if path.is_symlink() else 'a folder'
     if not path.is_file(): return 'no regular file, and text is read more than once'
     return None if path.stat().st_size else 'empty'
 
@@ -309,7 +309,9 @@ def why_left(
     try:
         if fault := fault_of(path): return fault
         with open_bytes(path) as f:
-            if kind_of(path)=='text': next(decoded(f, path), None); return None
+            if kind_of(path)=='text':
+                for _ in islice(decoded(f, path), 2): pass   # the beginning, and whether more follows
+                return None
             where,row = next(ROWS[kind_of(path)](f, path, field), (None, None))
     except NoUTF8: return 'not UTF-8 text'
     except OSError as e: return (e.strerror or 'not readable').lower() if e.errno else None
