@@ -80,10 +80,10 @@ def chat(
 # %% ../nbs/20_cli.ipynb #ea5ecf32
 def evaluate(
     model:Param('checkpoint folder, or a model on the Hub: USER/NAME', str, opt=False, nargs='?')='whale',
-    data:str=None,         # .txt, .jsonl or .parquet (.gz, .zst), folder, address or Hub dataset; none: the held-out part of the English that ships with Python
+    data:str=None,         # text by any name, .jsonl .csv .tsv .parquet (.gz .zst), folder, address, Hub dataset; none: held-out English that comes with Python
     context:int=256,       # targets in a row
     batch_size:int=8,      # rows in one forward pass; the figures do not depend on it
-    field:str='text',      # where a row of jsonl, parquet or a Hub dataset keeps its text
+    field:str='text',      # where a table's row keeps its text: null or blank is left out, missing or unreadable is an error
     documents:int=1000,    # read at most so many
     device:str=None,       # cpu, cuda ...; none: a GPU if there is one
 ):

@@ -24,6 +24,8 @@ from .parallel import exchanging, my_rows, n_ranks, total
 from .rope import upcast
 
 # %% ../nbs/15_step.ipynb #c1384cf8
+INSTEAD = dict(tokenizer='init', init_std='init', data='chat')   # a value -> the one that takes its place
+
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained; every value is saved with the run"
@@ -46,8 +48,8 @@ class Recipe:
     dense: float = 0.3             # share of the run, at its start, in which queries see all entries and indexers only learn
     bias_speed: float = 1e-2       # step of the router's bias; V4's 1e-3 (section 4.2.2) is for many more steps
     init_std: float = 0.02         # standard deviation of the first weights
-    data: str|None = None          # .txt, .jsonl or .parquet (.gz, .zst), folder, address, or Hub dataset; none: the English that ships with Python
-    field: str = 'text'            # where a row of the data keeps its text
+    data: str|None = None          # text by any name, .jsonl .csv .tsv .parquet (.gz .zst), folder, address, Hub dataset; none: English that comes with Python
+    field: str = 'text'            # where a table's row keeps its text: null or blank is left out, missing or unreadable is an error
     tokenizer: str|None = None     # folder or Hub name; none: one is trained on the data
     init: str|None = None          # folder of a trained whale to start from, with its tokenizer; none: random weights
     chat: str|None = None          # conversations to train on instead of data, for their answers alone; see chapter 16
@@ -69,6 +71,9 @@ class Recipe:
             if getattr(self, name) not in known: raise ValueError(f'{name}={getattr(self, name)!r}: choose {" or ".join(known)}')
         if self.compile and self.parallel=='fsdp':
             raise ValueError('compile and parallel=fsdp do not go together: what lies outside of the blocks would get no gradient; choose ddp')
+        for name,other in INSTEAD.items():
+            v,given = getattr(self, name),getattr(self, other)
+            if given and v!=getattr(Recipe, name): raise ValueError(f'{other}={given!r} takes the place of {name}={v!r}: give one of them')
         if self.chat and not self.init: raise ValueError('conversations (chat) teach a whale that can already write: name its folder with --init')
 
     @property
@@ -101,7 +106,8 @@ def get_recipe(
     "A recipe by its name, with some values changed"
     named = RECIPES.get(preset, {})
     if name not in named: raise ValueError(f'no recipe {name!r} for the preset {preset!r}: choose one of {", ".join(named or RECIPES)}')
-    return replace(named[name], **changes)
+    displaced = {k: getattr(Recipe, k) for k,other in INSTEAD.items() if changes.get(other)}   # a preset's own tokenizer or data
+    return replace(named[name], **displaced | changes)
 
 # %% ../nbs/15_step.ipynb #b88f6119
 def n_targets(
