@@ -95,6 +95,8 @@ def without_marks(
 ) -> tuple[list[dict], str]:  # the same with a stop inside each mark that a message spells; and that stop
     "Messages that spell no mark"
     said,taken = [m['content'] for m in messages],marks(tok)
+    try: ''.join(said).encode()
+    except UnicodeEncodeError: raise ValueError('a message of this conversation holds half a character, which is no text') from None
     stop = next(c for c in map(chr, range(0xe000, 0xf900)) if not any(c in s for s in said))   # for private use
     ids = tok(said, add_special_tokens=False, verbose=False).input_ids
     said = [s if taken.isdisjoint(i) else stop.join(apart(tok, s)) for s,i in zip(said, ids)]

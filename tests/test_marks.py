@@ -315,3 +315,11 @@ def test_rows_of_one_message():
     tok = C.with_template(train_tokenizer(texts(50), 300))
     rows = C.pack_chats(tok, [json.dumps([dict(role='assistant', content='Hm.')])], 40)
     assert tok.decode(rows['labels'][rows['labels']!=-100])=='Hm.<|eos|>'
+
+def test_half_a_character_is_no_text(tok):
+    from types import SimpleNamespace
+    tok,half = C.with_template(tok),[dict(role='user', content='a \ud800'), dict(role='assistant', content='b')]
+    with pytest.raises(ValueError, match='half a character'): C.encode_chat(tok, half)
+    chat = C.Chat(SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=500), lm_head=None), tok, 20)
+    chat.messages = half[:1]
+    with pytest.raises(ValueError, match='half a character'): chat.prompt()
