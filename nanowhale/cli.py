@@ -34,7 +34,7 @@ def generate(
 ):
     "Continue a text with a trained whale, printed as it appears"
     import torch
-    from nanowhale.data import load_tokenizer
+    from nanowhale.data import encode, load_tokenizer
     from nanowhale.generate import TextStream, generate
     from nanowhale.graph import Decoder
     from nanowhale.model import Whale
@@ -47,7 +47,7 @@ def generate(
     except UnicodeEncodeError: raise ValueError('the prompt is not UTF-8 text') from None
     folder = find_folder(model, revision)
     whale,tok = Whale.from_pretrained(folder).to(pick_device(device)),load_tokenizer(folder)
-    ids = torch.tensor([[tok.bos_token_id, *tok.encode(prompt, add_special_tokens=False)]], device=whale.lm_head.weight.device)
+    ids = torch.tensor([encode(tok, [prompt])[0][:-1]], device=whale.lm_head.weight.device)
     print(prompt, end='', flush=True)
     rules = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     with TextStream(tok) as stream:
@@ -98,7 +98,7 @@ def evaluate(
     texts = list(islice(read_texts(data, field), documents)) if data else held_out_texts(None)[0]
     folder = find_folder(model)
     whale,tok = Whale.from_pretrained(folder).to(pick_device(device)),load_tokenizer(folder)
-    scores = evaluate(whale, pack(encode(tok, texts), context), n_bytes=sum(len(t.encode()) for t in texts), batch_size=batch_size)
+    scores = evaluate(whale, pack(encode(tok, texts), context, tok.pad_token_id), n_bytes=sum(len(t.encode()) for t in texts), batch_size=batch_size)
     for name,key in {'loss, nats per token':'loss', 'bits per byte':'bits_per_byte', 'token accuracy':'accuracy', 'mean entropy, nats':'entropy'}.items():
         print(f'{name}: {scores[key]:.4f}')
     print(f'xz -9e, bits per byte: {xz_bits_per_byte("".join(texts).encode()):.4f}')

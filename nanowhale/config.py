@@ -27,10 +27,12 @@ def reject(
 def check_kind(
     field:str,  # name of the field, for the message
     value,      # what it holds
-    kind,       # its annotation: int, float, str, or one of them `|None`
+    kind,       # its annotation: int, float, str, bool, one of them `|None`, or `int|tuple|None`
 ):
     "Refuse a value that is not of the kind its field is annotated with"
-    if value is None and kind in (int|None, float|None, str|None, tuple|None): return
+    if value is None and kind in (int|None, float|None, str|None, tuple|None, int|tuple|None): return
+    if kind==int|tuple|None:
+        for v in value if isinstance(value, (list,tuple)) else [value]: check_kind(field, v, int)
     if kind in (int, int|None) and not (type(value) is int and abs(value)<2**31):
         reject(field, value, 'must be a whole number below 2147483648, without quotes')
     if kind in (float, float|None) and not (type(value) in (int,float) and abs(value)<1e300):
@@ -78,7 +80,8 @@ def check_sizes(
     if c.yarn_factor<1: reject('yarn_factor', c.yarn_factor, 'must be at least 1, which stretches nothing')
     if c.initializer_range<0: reject('initializer_range', c.initializer_range, 'must not be negative')
     for f in ('bos_token_id','eos_token_id','pad_token_id'):
-        if getattr(c,f) is not None and not 0<=getattr(c,f)<c.vocab_size:
+        ids = getattr(c,f) if isinstance(getattr(c,f), (list,tuple)) else [getattr(c,f)]
+        if any(i is not None and not 0<=i<c.vocab_size for i in ids):
             reject(f, getattr(c,f), f'must be None or an id from 0 to vocab_size-1={c.vocab_size-1}')
 
 # %% ../nbs/00_config.ipynb #fd03b7e6
@@ -139,7 +142,7 @@ class WhaleConfig:
     rms_norm_eps: float = 1e-6                 # floor in the RMS norms
     initializer_range: float = 0.02            # standard deviation of fresh weight matrices
     bos_token_id: int|None = 0                 # begins a document
-    eos_token_id: int|None = 1                 # ends a document
+    eos_token_id: int|tuple|None = 1           # ends a document; several: each of them does
     pad_token_id: int|None = None              # fills up a batch
 
     def __post_init__(self):
@@ -147,6 +150,7 @@ class WhaleConfig:
         for f in fields(self):
             check_kind(f.name, getattr(self, f.name), f.type)
             if f.type is float: store(f.name, float(getattr(self, f.name)))
+        if isinstance(self.eos_token_id, list): store('eos_token_id', tuple(self.eos_token_id))
         if self.qk_rope_head_dim is None or self.partial_rotary_factor is not None:
             factor = 64/512 if self.partial_rotary_factor is None else self.partial_rotary_factor
             if not 0<factor<=1: reject('partial_rotary_factor', factor, 'must be above 0 and at most 1')
@@ -184,6 +188,7 @@ class WhaleConfig:
         "Plain JSON values under transformers' names, with the layer lists and the rotary fraction written out"
         far = {f.name for f in fields(self) if f.name.split('_')[0] in ('compress','yarn','index') and getattr(self, f.name)==f.default}
         d = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in far}       # transformers has the same defaults
+        if isinstance(self.eos_token_id, tuple): d['eos_token_id'] = list(self.eos_token_id)
         d['partial_rotary_factor'] = fraction = rope_factor(self.qk_rope_head_dim, self.head_dim)
         if self.hc_transposed: return d                        # nothing for transformers, which stumbles over our lists there
         for f in ('hc_transposed', 'compress_rate_csa', 'compress_rate_hca', 'yarn_factor', 'yarn_context'): d.pop(f, None)   # it has no such fields

@@ -457,25 +457,77 @@ def train_tokenizer(
     bpe.post_processor = processors.TemplateProcessing(single=f'{BOS} $A', special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False)
 
+# %% ../nbs/10_data.ipynb #c7a10d21
+MARKS = ('bos_token_id', 'eos_token_id', 'pad_token_id')   # what begins a text, ends it, and fills up a row
+
+def with_marks(
+    tok,                        # a transformers tokenizer; changed in place
+    name:str|Path='tokenizer',  # what an error calls it
+):  # -> the same
+    "A tokenizer that has all three marks: where it names no beginning or no filler, its end mark serves"
+    if tok.eos_token_id is None:
+        raise ValueError(f'{name}: it has no mark for the end of a text; name one as "eos_token" in its '
+            'tokenizer_config.json, or choose another tokenizer')
+    for mark in MARKS:
+        if getattr(tok, mark) is None: setattr(tok, mark, tok.eos_token_id)
+    for word in (tok.bos_token, tok.eos_token):
+        if len(word)==1: raise ValueError(f'{name}: its mark {word!r} may stand in any text; choose another tokenizer')
+    return tok
+
 # %% ../nbs/10_data.ipynb #b630c4b8
 def load_tokenizer(
     name:str|Path,   # a checkpoint folder, or a name on the Hub
 ):  # -> a transformers tokenizer
-    "The tokenizer of a checkpoint folder or of a Hub model"
+    "The tokenizer of a checkpoint folder or of a Hub model, with all its marks"
     from transformers import AutoTokenizer
     try:
         tok = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         if not isinstance(tok.model_max_length, (int, float)): raise ValueError('model_max_length must be a number')
-        return tok
     except Exception as e: raise ValueError(f'{name}: no tokenizer could be loaded from there ({first_line(e)})') from None
+    return with_marks(tok, name)
+
+# %% ../nbs/10_data.ipynb #c7a10d23
+import re
+from functools import lru_cache
+
+# %% ../nbs/10_data.ipynb #c7a10d24
+@lru_cache(maxsize=2)
+def _marks(tok, size):
+    added = tok.added_tokens_decoder.items()
+    return {i for i,t in added if t.special or not re.fullmatch(r'[\w\s\u2581]+', t.content)}   # the last: a blank, in some
+
+def marks(
+    tok,   # a transformers tokenizer
+) -> set[int]:
+    "Ids that no text may spell: special tokens, and all else that was added to the vocabulary but words and blanks"
+    return _marks(tok, len(tok))
+
+# %% ../nbs/10_data.ipynb #c7a10d25
+def apart(
+    tok,        # a transformers tokenizer
+    text:str,   # any text
+) -> list[str]:
+    "A text in parts, none of which spells a mark: it is cut inside each that it spells"
+    taken,parts = marks(tok),[text]
+    spelled = lambda i, word: i in taken and len(word)>1 and (i!=tok.unk_token_id or word==tok.unk_token)
+    while True:
+        out = tok(parts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        each = zip(parts, out.input_ids, out.offset_mapping)
+        cuts = [[a+1 for i,(a,b) in zip(ids, spans) if spelled(i, part[a:b])] for part,ids,spans in each]
+        if not any(cuts): return parts
+        parts = [p[a:b] for p,at in zip(parts, cuts) for a,b in zip([0, *at], [*at, len(p)])]
 
 # %% ../nbs/10_data.ipynb #88dab201
 def encode(
     tok,                     # a transformers tokenizer
     texts:list[str],         # documents
 ) -> list[list[int]]:        # token ids of each, between the marks for beginning and end
-    "Token ids of each document, with one mark at its beginning and one at its end whatever the tokenizer adds by itself"
-    ids = tok(texts, add_special_tokens=False, verbose=False).input_ids
+    "Token ids of each document, with one mark at its beginning and one at its end, whatever it spells and the tokenizer adds"
+    tok,taken = with_marks(tok),marks(tok)
+    ask = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids = tok(texts, **ask).input_ids
+    for n in [n for n,i in enumerate(ids) if not taken.isdisjoint(i)]:
+        ids[n] = list(chain.from_iterable(tok(apart(tok, texts[n]), **ask).input_ids))
     return [[tok.bos_token_id, *i, tok.eos_token_id] for i in ids]
 
 # %% ../nbs/10_data.ipynb #6ef7a9f4

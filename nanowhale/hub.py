@@ -6,9 +6,10 @@
 __all__ = ['TYPES', 'card', 'write_export', 'upload', 'export']
 
 # %% ../nbs/17_hub.ipynb #6bf225e5
-import shutil, tempfile, torch
+import tempfile, torch
 from pathlib import Path
 from huggingface_hub import HfApi
+from .checkpoint import generation_config, take_marks, write_json
 from .data import first_line, load_tokenizer
 from .model import Whale
 from .train import free_folder, model_card
@@ -44,11 +45,13 @@ def write_export(
 ):
     "Weights, config, tokenizer, sampling defaults and card; nothing of the trainer's"
     whale,tok = Whale.from_pretrained(source),load_tokenizer(source)
+    take_marks(whale, tok)
     whale.cfg.to_hf()
     if dtype: whale.to(TYPES[dtype])
     whale.save_pretrained(target, max_shard_size)
     tok.save_pretrained(target)
-    if (source/'generation_config.json').is_file(): shutil.copyfile(source/'generation_config.json', target/'generation_config.json')
+    sampling = source/'generation_config.json'
+    if sampling.is_file(): write_json(target/sampling.name, read_json(sampling)|generation_config(whale))
     if text := card(source, whale, name, dtype): (target/'README.md').write_text(text, encoding='utf-8')
 
 # %% ../nbs/17_hub.ipynb #20a257ac

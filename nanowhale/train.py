@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from . import __version__
 from .checkpoint import Claim, Stopped, checkpoints, drop_metrics, load_trainer_state, noting_signals, prune, read_metrics, read_run, read_state,\
-    save_checkpoint, write_json
+    save_checkpoint, take_marks, write_json
 from .config import count_flops, get_preset
-from .data import first_line, load_tokenizer, read_texts, is_held_out, train_tokenizer
+from .data import encode, first_line, load_tokenizer, read_texts, is_held_out, train_tokenizer
 from .evaluate import evaluate, xz_bits_per_byte
 from .generate import generate
 from .graph import need_compiler
@@ -102,7 +102,7 @@ class HeldOut:
 
     def sample(self, whale):
         "What the whale makes of the first words"
-        prompt = [self.tok.bos_token_id, *self.tok.encode(self.texts[0], add_special_tokens=False)[:8]]
+        prompt = encode(self.tok, self.texts[:1])[0][:-1][:9]
         ids = torch.tensor([prompt], device=whale.lm_head.weight.device)
         return self.tok.decode(generate(whale, ids, 80, temperature=0.7, top_k=40, seed=0)[0], skip_special_tokens=True)
 
@@ -243,8 +243,10 @@ class Run:
         texts,one_in = from_first(lambda: held_out_texts(recipe.source, recipe.field))
         torch.manual_seed(spec['seed'])
         self.whale = (Whale.from_pretrained(start).float() if start else Whale(get_preset(spec['preset'], **changes))).to(device)
+        size = self.whale.cfg.vocab_size
+        self.tok = from_first(lambda: self.fit_tokenizer(make_tokenizer(recipe, size, one_in, start)))
+        take_marks(self.whale, self.tok)
         self.cfg = self.whale.cfg
-        self.tok = from_first(lambda: self.fit_tokenizer(make_tokenizer(recipe, self.cfg.vocab_size, one_in, start)))
         self.held = self.held_out(texts, self.tok, recipe, self.cfg.vocab_size)
         net = spread(self.whale, self.recipe.parallel)
         self.net = torch.compile(net, dynamic=False) if recipe.compile else net

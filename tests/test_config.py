@@ -119,7 +119,7 @@ BAD = [
     ('initializer_range', dict(initializer_range=-0.1), 'negative'),
     ('bos_token_id', dict(vocab_size=10, bos_token_id=10), 'vocab_size-1=9'),
     ('eos_token_id', dict(eos_token_id=-1), 'id from 0'),
-    ('eos_token_id', dict(eos_token_id=[1,2]), 'whole number'),
+    ('eos_token_id', dict(eos_token_id=[1,'2']), 'whole number'), ('eos_token_id', dict(vocab_size=10, eos_token_id=[1,10]), 'vocab_size-1=9'),
     ('pad_token_id', dict(vocab_size=10, pad_token_id=99), 'vocab_size-1=9'),
     ('layer_types', dict(num_hidden_layers=2, layer_types=['sliding_attention']), '2 entries, has 1'),
     ('layer_types', dict(layer_types='sliding_attention'), 'list'),
