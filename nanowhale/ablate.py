@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', '
            'against_base', 'pace_of', 'shown', 'table', 'ablate']
 
 # %% ../nbs/19_ablate.ipynb #5b84218e
-import json, subprocess, time
+import subprocess, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace

@@ -275,18 +275,20 @@ class Parser(argparse.ArgumentParser):
         switch,option = param.action=='store_true' or param.type is bool,name.replace('_', '-')
         told = not (default in (None, '', inspect.Parameter.empty) or default is False)
         about = (param.help+(f' (default: {default})' if told else '')).replace('%', '%%')
-        if param.opt or param.nargs=='?':
+        in_place = not param.opt or default is inspect.Parameter.empty
+        if param.nargs=='?' or not in_place:
             self.known.add(option)
             how = dict(action='store_true') if switch else dict(type=word_type(param.type))
             self.add_argument(f'--{option}', help=about, default=argparse.SUPPRESS, **how)
         if param.nargs=='?': self.add_argument('in_place', metavar=name, nargs='?', help=f'the same as --{option}')
-        elif not param.opt: self.add_argument(name, nargs=param.nargs, help=about)
+        elif in_place: self.add_argument(name, nargs=param.nargs, help=about)
 
     def read(self,
         words:list,   # as typed, after the command's name
     ) -> dict:        # parameter -> value, of those that were given
         "What a person typed; several words in one place are one text"
-        got = vars(self.parse_intermixed_args(spelled(words, self.known)))
+        parse = self.parse_args if '--' in words else self.parse_intermixed_args   # which takes `--` for an option
+        got = vars(parse(spelled(words, self.known)))
         if (model := got.pop('in_place', None)) is not None:
             if 'model' in got: self.error(f'two models, {model} and {got["model"]}: name one')
             got['model'] = model

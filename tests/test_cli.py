@@ -1,5 +1,5 @@
 """The commands as a user meets them, with right and with wrong words"""
-import dataclasses, io, json, os, re, subprocess, sys
+import dataclasses, inspect, io, json, os, re, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest
@@ -101,7 +101,7 @@ def heard(words, monkeypatch):
     got,real = {},cli.COMMANDS[words[0]]
     command = cli.with_values(real, cli.VALUES[words[0]]) if words[0] in cli.VALUES else real
     def spy(**options): got.update(options)
-    seen = spying(command, spy, real)
+    seen = spying(command, spy)
     with monkeypatch.context() as m:
         m.setitem(cli.COMMANDS, words[0], seen); m.setattr(cli, 'VALUES', {})
         assert cli.main(words)==0
@@ -168,17 +168,9 @@ def test_what_is_not_given_stays_the_recipes():
     assert command(out=None, steps=None, lr=0., muon_lr=0, compile=False)==dict(out=None, lr=0., muon_lr=0)
     assert command(compile=True)==dict(compile=True, out='whale')
 
-def spying(command, seen, real=None):
-    "`seen`, with the options of the command; of one that is a function they are read from its source"
-    import inspect
-    from fastcore.docments import docments
-    from fastcore.script import Param
-    seen.__doc__ = command.__doc__
-    if real is None or hasattr(command, '__signature__'): seen.__signature__ = command.__signature__; return seen
-    said = docments(real, full=True, returns=False, eval_str=True)
-    anno = lambda v: v.anno if isinstance(v.anno, Param) else Param(v.docment, v.anno)
-    seen.__signature__ = inspect.Signature([inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v.default, annotation=anno(v))
-        for k,v in said.items()])
+def spying(command, seen):
+    "`seen`, with the options of the command"
+    seen.__signature__,seen.__doc__ = inspect.signature(command),command.__doc__
     return seen
 
 def damage(d, name, how):
@@ -287,7 +279,8 @@ def test_ctrl_c_saves(place):
 CHECKED_FIRST = [['generate', 'Hi', '--temperature', '-1'], ['generate', '--min-p', '2'], ['generate', 'Hi', '--repetition-penalty', '0'],
     ['generate', 'Hi', '--max-new-tokens', '-3'], ['generate', 'Hi', '--seed', '-1'], ['generate', 'Hi', '--drafts', '0'], ['generate', '--device', 'abacus'],
     ['generate', 'Hi', '--speculative', '--compile'], ['chat', '--top-p', '2'], ['chat', '--device', 'abacus'], ['chat', '--max-new-tokens', '-3'],
-    ['eval', '--context', '0'], ['eval', '--batch-size', '0'], ['eval', '--device', 'abacus'], ['eval', '--model', 'gone'], ['export', '--dtype', 'int3', '--out', 'x'],
+    ['eval', '--context', '0'], ['eval', '--batch-size', '0'], ['eval', '--device', 'abacus'], ['eval', '--model', 'gone'],
+    ['export', '--dtype', 'int3', '--out', 'x'],
     ['export', '--max-shard-size', 'x', '--out', 'x'], ['export', '--out', 'data.txt'], ['bench', '--preset', 'huge'], ['bench', '--repeats', '0'],
     ['train', '--out', 'data.txt'], ['train', '--out', 'data.txt/x'], ['train', '--steps', '0', '--out', 'x'], ['train', '--seed', '-1', '--out', 'x'],
     ['train', '--device', 'abacus', '--out', 'x'], ['train', '--resume', '--steps', '60']]
