@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'RUNS', 'free_folder', 'check_apart', 'pick_device', 'keep_freed_memory', 'make_tokenizer', 'eval_batch',
-           'HeldOut', 'peak_flops', 'hardware', 'peak_memory', 'plot_losses', 'plot_load', 'open_board', 'Log', 'Run',
-           'measure', 'model_card', 'check_spec', 'check_kept', 'as_given', 'begin', 'finish', 'train']
+           'HeldOut', 'peak_flops', 'hardware', 'peak_memory', 'plot_losses', 'plot_load', 'board_writer', 'Log', 'Run',
+           'measure', 'as_cell', 'model_card', 'check_spec', 'as_given', 'new_spec', 'check_asked', 'begin', 'finish',
+           'train']
 
 # %% ../nbs/15_train.ipynb #e401a43e
-import ctypes, json, platform, sys, time
+import ctypes, json, os, platform, re, sys, time
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -19,23 +20,28 @@ from .checkpoint import Claim, Stopped, checkpoints, drop_metrics, load_trainer_
 from .config import count_flops, get_preset
 from .data import encode, first_line, load_tokenizer, read_texts, is_held_out, train_tokenizer
 from .evaluate import evaluate, xz_bits_per_byte
-from .generate import generate
+from .generate import MOST_SEED, generate, whole_number
 from .graph import need_compiler
 from .model import Whale
 from .moe import max_vio
 from .optim import make_optimizers
 from .parallel import from_first, local_device, my_rows, n_ranks, rank, ranks, spread, total
-from .step import Recipe, first_not_finite, get_recipe, load_balance, n_targets, train_step
-from .stream import Blocks, Stream, as_is, held_out_texts, pack_texts
-from .weights import read_file
+from .step import Recipe, first_not_finite, get_recipe, load_balance, n_targets, train_step, INSTEAD
+from .stream import Blocks, Stream, as_is, held_out_texts, pack_texts, warn_of_padding
+from .weights import read_file, read_json
 
 # %% ../nbs/15_train.ipynb #93a7d799
 def free_folder(
     out:str|Path,   # where a run is to be saved
 ) -> Path:
-    "That folder's path; one that already holds something is never overwritten"
+    "That folder's path; one that already holds something is never overwritten, and a file is no place for one"
     out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    there = next(p for p in (out, *out.parents, Path()) if os.path.lexists(p))
+    if not there.is_dir():
+        raise NotADirectoryError(f'{out}: {there} is a file, so no folder can be there: choose another with --out')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f'{out}: {there} is read-only for you: choose another folder with --out')
+    if there==out and any(out.iterdir()):
         held = 'a run (go on with it by --resume)' if (out/'run.json').exists() else 'files'
         raise FileExistsError(f'{out} already holds {held}: choose another folder with --out, or remove it')
     return out
@@ -172,26 +178,26 @@ def plot_load(
     fig.savefig(path); plt.close(fig)
 
 # %% ../nbs/15_train.ipynb #e996dbb5
-def open_board(
-    folder:Path,   # where TensorBoard looks
-):
+def board_writer():
     "torch's `SummaryWriter`, or an error that says what to install"
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
-    return SummaryWriter(folder)
+    return SummaryWriter
 
 # %% ../nbs/15_train.ipynb #240d81c4
 class Log:
     "Metrics of each step: a line in a file, the progress bar and, if asked for, TensorBoard"
     def __init__(self, out, recipe, cfg, device, start, seconds, tensorboard=False):
-        from tqdm.auto import tqdm
         self.out,self.recipe,self.device,self.seconds,self.since = out,recipe,device,seconds,0
         self.flops,peak = 3*sum(count_flops(cfg, recipe.context).values()),peak_flops(hardware(device))
         self.peak,self.first,self.board,self.clock = peak and peak*n_ranks(),rank()==0,None,time.perf_counter()
-        self.bar = tqdm(total=recipe.steps, initial=start, unit='step', disable=not self.first)
-        self.wants_board = tensorboard and self.first
+        self.start,self.wants_board,self.bar = start,tensorboard,None
 
-    def begin(self): self.board = open_board(self.out/'tensorboard') if self.wants_board else None   # its folder is ours now
+    def begin(self):
+        "The run's folder is ours now, and the next line of the terminal"
+        from tqdm.auto import tqdm
+        self.bar = tqdm(total=self.recipe.steps, initial=self.start, unit='step')
+        if self.wants_board: self.board = board_writer()(self.out/'tensorboard')
 
     def step(self,
         m:dict,           # metrics of a step; speed and memory are added
@@ -226,7 +232,9 @@ class Log:
         if not metrics: return
         plot_losses(metrics, self.out/'loss.png'); plot_load(metrics, self.out/'expert-load.png')
 
-    def close(self): self.bar.close(); self.board and self.board.close()
+    def close(self):
+        for x in (self.bar, self.board):
+            if x is not None: x.close()
 
 # %% ../nbs/15_train.ipynb #b98296be
 class Run:
@@ -267,8 +275,10 @@ class Run:
         warn_of_padding(self.stream.block)
         self.out.mkdir(parents=True, exist_ok=True)
         if not claim.folder: claim.take(self.out); free_folder(self.out)   # a new run: nobody may have come first
-        self.log.begin()
         write_json(self.out/'run.json', spec)
+        print(f'{self.whale.n_params():,} parameters, {hardware(self.device)}, {self.recipe.steps*self.recipe.targets:,} targets of '
+            f'{self.recipe.source or "the English that ships with Python"}', file=sys.stderr)
+        self.log.begin()
 
     def rows(self): return {k: v.to(self.device) for k,v in from_first(lambda: self.stream.take(self.recipe.rows)).items()}
 
@@ -359,10 +369,17 @@ def measure(
         'steps skipped': state['skipped'],
         'peak memory, MiB': peak_memory(run.device),
         'hardware': f'{hardware(run.device)}, torch {torch.__version__}',
-        'sample': ' '.join(repr(run.held.sample(run.whale))[1:-1].split()),
+        'sample': run.held.sample(run.whale),
     }
 
 # %% ../nbs/15_train.ipynb #fa3cc05c
+def as_cell(
+    value,   # what a cell of a table should show
+) -> str:
+    "Text for a cell of a Markdown table: nothing in it is taken for markup, and its lines stay lines"
+    plain = re.sub(r'[\\`*_~|$<>&\[\]]', lambda m: f'&#{ord(m[0])};', str(value).strip())
+    return '<br>'.join(plain.splitlines())
+
 def model_card(
     whale:Whale,     # the model
     spec:dict,       # run.json
@@ -370,7 +387,7 @@ def model_card(
     name:str,        # how it will be loaded: a folder, or USER/NAME
 ) -> str:
     "The README of a checkpoint: what it is, how it was trained, what it measured"
-    rows = '\n'.join(f'| {k} | {str(v).replace("|", chr(92)+"|")} |' for k,v in results.items())
+    rows = '\n'.join(f'| {k} | {as_cell(v)} |' for k,v in results.items())
     recipe = spec['recipe']
     text = f'the answers in {recipe["chat"]}' if recipe.get('chat') else recipe['data'] or 'the English that ships with CPython'
     origin = f'from the weights of {recipe["init"]}' if recipe.get('init') else f'preset `{spec["preset"]}`'
@@ -407,18 +424,6 @@ def check_spec(
     if not (type(spec.get('seed')) is int and 0<=spec['seed']<2**63): raise bad('it has no seed')
 
 # %% ../nbs/15_train.ipynb #d90b53e1
-def check_kept(
-    out:str|Path,   # folder of a run to go on with
-    given:dict,     # options beside --resume
-):
-    "Refuse values that differ from the run's own"
-    if not given or not (Path(out)/'run.json').is_file(): return
-    spec = read_json(Path(out)/'run.json')
-    own = {**spec, **spec['recipe']} if isinstance(spec, dict) and isinstance(spec.get('recipe'), dict) else {}
-    for k,v in given.items():
-        if k in own and own[k]!=v:
-            raise ValueError(f'{out} was begun with {k}={own[k]!r}, and --resume goes on with that: leave {k}={v!r} out, or begin another run')
-
 def as_given(
     spec:dict,   # a run.json; changed in place
 ):
@@ -428,21 +433,55 @@ def as_given(
         if isinstance(recipe, dict) and recipe.get(other) and k in recipe: recipe[k] = getattr(Recipe, k)
 
 # %% ../nbs/15_train.ipynb #0c3c7c2b
+def new_spec(
+    preset:str|None=None,   # of the model; None: tiny
+    recipe:str|None=None,   # its name; None: chat with conversations, else whale
+    seed:int|None=None,     # of the initialisation and of the order of the text; None: 0
+    **changes,              # values of the recipe to set otherwise
+) -> dict:
+    "run.json of a new run, its options checked"
+    preset,named = preset or 'tiny',recipe or ('chat' if changes.get('chat') else 'whale')
+    get_preset(preset)
+    if named=='chat' and not changes.get('chat'): raise ValueError('the recipe "chat" is for conversations: name them with --chat')
+    seed = whole_number('seed', seed or 0, most=MOST_SEED)
+    return dict(preset=preset, recipe=asdict(get_recipe(preset, named, **changes)), seed=seed, version=__version__)
+
+def check_asked(
+    spec:dict,              # run.json of an old run
+    out:Path,               # its folder
+    preset:str|None=None,   # this and the next three: what was asked of `new_spec`
+    recipe:str|None=None,
+    seed:int|None=None,
+    **changes,
+):
+    "Refuse to go on with a run otherwise than it was begun, in one line that names each difference"
+    mine = spec['recipe'] | dict(preset=spec['preset'], seed=spec['seed'])
+    told = asdict(get_recipe(preset or spec['preset'], recipe, **changes)) if recipe else changes
+    told = told | {k: v for k,v in dict(preset=preset, seed=seed).items() if v is not None}
+    other = {k: v for k,v in told.items() if v!=mine.get(k)}
+    if not other: return
+    said = ', '.join(f'--{k.replace("_", "-")} {v} (it has {mine.get(k)})' for k,v in other.items())
+    planned = ', its learning rate planned to the last step' if 'steps' in other else ''
+    raise ValueError(f'{out}: --resume goes on with a run as it was begun{planned}, not with {said}. '
+        f'Leave that out, or begin a new run from its weights: --init {out}, with another --out')
+
 def begin(
     out:str|Path,   # the run's folder
     resume:bool,    # go on with what is there?
-    spec:dict,      # run.json of a new run
+    spec:dict,      # run.json of a new run; for an old one, what was asked of it, for `check_asked`
     claim:Claim,    # on the folder of an old one
 ) -> tuple[dict, Path|None]:  # run.json, and the checkpoint to go on from
     "Open a run's folder: a new one must be free, an old one is read and its metrics are cut to its checkpoint"
     out = Path(out)
     if not resume: free_folder(out); return spec, None
     if out.is_dir(): claim.take(out)
-    spec,last = read_run(out)
+    asked,(spec,last) = spec,read_run(out)
     as_given(spec)
     step = read_state(last)['step'] if last else 0
     check_spec(spec, out/'run.json')
-    if step>=spec['recipe']['steps'] and (out/'README.md').exists(): raise ValueError(f'{out} has done all its {step} steps: nothing to go on with')
+    check_asked(spec, out, **asked)
+    if step>=spec['recipe']['steps'] and (out/'README.md').exists(): \
+        raise ValueError(f'{out} has done all its {step} steps: nothing to go on with. A new run may begin from its weights: --init {out}, with another --out')
     drop_metrics(out/'metrics.jsonl', step)
     return spec, last
 
@@ -457,17 +496,17 @@ def finish(
     def write():
         write_json(run.out/'results.json', results)
         (run.out/'README.md').write_text(model_card(run.whale, spec, results, run.out))
-        for k,v in results.items(): print(f'{k}: {v}', file=sys.stderr)
+        for k,v in results.items(): print(f'{k}: {v!r}' if k=='sample' else f'{k}: {v}', file=sys.stderr)
         print(f'saved in {run.out}/: try `nanowhale {run.try_it}{"" if str(run.out)=="whale" else f" --model {run.out}"}`', file=sys.stderr)
     from_first(write)
     return results
 
 # %% ../nbs/15_train.ipynb #da2f0fba
 def train(
-    preset:str='tiny',       # size of the model: tiny, nanowhale_100m, or one with all kinds of V4's layers: tiny_v4, nanowhale_v4
+    preset:str=None,         # size of the model: tiny (if none is named), nanowhale_100m, or one with all kinds of V4's layers: tiny_v4, nanowhale_v4
     recipe:str=None,         # how to train it: whale (ours), card (the public nanowhale-100m's) or chat; none: chat with --chat, else whale
     out:str='whale',         # folder for the run; must be new or empty
-    seed:int=0,              # of the initialisation and of the order of the text
+    seed:int=None,           # of the initialisation and of the order of the text; none: 0
     device:str=None,         # cpu, cuda, cuda:1 ...; none: a GPU if there is one
     resume:bool=False,       # go on with the run in --out, with its own recipe and seed
     tensorboard:bool=False,  # also write what TensorBoard reads, into a folder of the run's
@@ -475,21 +514,15 @@ def train(
 ) -> dict:                   # the run's figures
     "Train a whale, measure it on text it has not seen, and save a folder that transformers can load"
     keep_freed_memory()
-    get_preset(preset)
-    named = recipe or ('chat' if changes.get('chat') else 'whale')
-    if resume:
-        asked = dict(preset=preset, seed=seed) | {k: v for k,v in changes.items() if k!='steps'}
-        check_kept(out, {k: v for k,v in asked.items() if (k, v) not in (('preset', 'tiny'), ('seed', 0))})
-    elif named=='chat' and not changes.get('chat'): raise ValueError('the recipe "chat" is for conversations: name them with --chat')
-    spec = dict(preset=preset, recipe=asdict(get_recipe(preset, named, **changes)), seed=seed, version=__version__)
+    asked = dict(preset=preset, recipe=recipe, seed=seed) | changes
+    spec = asked if resume else new_spec(**asked)
     device = local_device(pick_device(device))
+    if tensorboard: board_writer()
     with ranks(device), Claim() as claim:
         spec,last = from_first(lambda: begin(out, resume, spec, claim))
         run = RUNS['chat' if spec['recipe'].get('chat') else 'text'](Path(out), spec, last, device, tensorboard)
         try:
             from_first(lambda: run.found(spec, claim))
-            if rank()==0: print(f'{run.whale.n_params():,} parameters, {hardware(device)}, {run.recipe.steps*run.recipe.targets:,} targets of '
-                f'{run.recipe.source or "the English that ships with Python"}', file=sys.stderr)
             run.go()
         finally: run.log.close()
         return finish(run, spec)

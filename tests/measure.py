@@ -203,7 +203,7 @@ def benched(name, preset, sizes, repeats):
     path,head = ROOT/'results'/f'{name}.json',provenance(f'python tests/measure.py {name}')
     path.unlink(missing_ok=True)
     for dtype,B,T in sizes:
-        words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', repeats]
+        words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--precision', dtype, '--repeats', repeats]
         print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
     rows = json.loads(path.read_text())
     path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
