@@ -15,8 +15,10 @@ that is zero. These are compared in float64 only; all others must agree in both.
 """
 import argparse, copy, random
 from contextlib import contextmanager
+from unittest.mock import patch
 import pytest, torch
 from transformers import DeepseekV4ForCausalLM
+from nanowhale import rope
 from nanowhale.config import WhaleConfig
 from nanowhale.model import Whale
 
@@ -64,6 +66,10 @@ def no_downcast():
     torch.Tensor.to = lambda x,*a,**kw: x if x.dtype==torch.float64 and a==(torch.float32,) else to(x, *a, **kw)
     try: yield
     finally: torch.Tensor.to,torch.Tensor.float = to,as_float
+
+def exact_angles():
+    "Inside, a float64 whale's rotation tables are float64 too: otherwise they are float32, as positions are integers"
+    return patch.object(rope, 'upcast', lambda x: x if x.is_floating_point() else x.double())
 
 def run(model, ids, labels):
     "Logits, loss, and every parameter's gradient of that loss"
