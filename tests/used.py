@@ -26,7 +26,7 @@ def note(place, share, kind, text):
     "Keep the worst share of each comparison that held"
     share = float(share)
     if not 0<=share<=1: return   # it failed, as some must: the assertion around it decides
-    row = found.setdefault(f'{place} {now[0].split("[")[0]}', dict(share=-1., kind=kind, text=text, times=0))
+    row = found.setdefault(f'{place} {now[0].split("[")[0]}: {text}', dict(share=-1., kind=kind, times=0))
     row['times'] += 1
     if share>row['share']: row.update(share=share, by=now[0])
 
@@ -53,7 +53,7 @@ def compared(place, text, small, ops, *values):
         if is_float(a) or is_float(b):
             low,high = (real(x) for x in ((a, b) if '<' in op else (b, a)))
             if low is not None and high is not None and (high>0).all() and (low>=0).all() and low.numel() and high.numel():
-                kind = 'limit' if '<' in op and (small or small is None and high.max()<=LARGEST) else 'bound'
+                kind = 'limit' if len(values)==2 and '<' in op and (small or small is None and high.max()<=LARGEST) else 'bound'
                 note(place, (low/high).max(), kind, text)
         if len(values)>2 and not out: return out
     return out
@@ -148,7 +148,7 @@ def table(rows, most=40):
     limits = sorted((r | dict(place=p) for p,r in rows.items() if r['kind']=='limit'), key=lambda r: -r['share'])
     full = [r for r in limits if r['share']>FULL]
     yield f'{len(limits)} limits, {len(full)} of them filled by more than {FULL:.0%}; {len(rows)-len(limits)} bounds'
-    for r in limits[:max(most, len(full))]: yield f'{r["share"]:7.1%}  {r["place"]}  {r["text"]}  ({r["times"]}x, worst: {r["by"]})'
+    for r in limits[:max(most, len(full))]: yield f'{r["share"]:7.1%}  {r["place"]}  ({r["times"]}x, worst: {r["by"]})'
 
 def save(rows, path): Path(path).write_text(json.dumps(dict(sorted(rows.items())), indent=1)+'\n', encoding='utf-8')
 
