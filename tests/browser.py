@@ -3,6 +3,7 @@ import base64, json, os, re, shutil, subprocess, tempfile, threading, time, urll
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from runs import PATIENCE
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 QUIET = '''--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
@@ -23,7 +24,7 @@ def serve(folder):
 
 class Browser:
     "One tab. `asked` and `complaints` hold the addresses requested and the errors shown since the last `open`"
-    def __init__(self, wait=120):
+    def __init__(self, wait=PATIENCE):
         import websocket
         self.home,self.n,self.asked,self.complaints = tempfile.TemporaryDirectory(ignore_cleanup_errors=True),0,[],[]
         command = [chromium(), *QUIET, f'--user-data-dir={self.home.name}', 'about:blank']
@@ -34,7 +35,7 @@ class Browser:
         for part in ('Page', 'Network', 'Runtime', 'Log'): self.call(f'{part}.enable')
 
     @staticmethod
-    def until(what, wait=120):
+    def until(what, wait=PATIENCE):
         "Ask until the answer is true"
         end = time.monotonic()+wait
         while not (answer := what()):
@@ -89,5 +90,5 @@ class Browser:
     def close(self):
         self.socket.close()
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
         self.home.cleanup()

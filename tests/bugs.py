@@ -24,7 +24,7 @@ from nanowhale.config import CSA, HCA
 from nanowhale.model import Cache, Whale
 from runs import ROOT, provenance
 from test_compress import no_query_is_told_the_future, only_distances_count, packed_documents_are_alone, padding_is_never_seen, tables_are_fair
-from test_parity import LIMITS, errors, no_downcast, pair, randomise, run, small
+from test_parity import LIMITS, errors, exactly, pair, randomise, run, small
 
 # ---------------------------------------------------------------- checks
 
@@ -41,8 +41,7 @@ def same_as_transformers():
         torch.manual_seed(0)
         whale,hf = (model.double() for model in pair(small(**sizes)))
         ids = torch.randint(0, 31, (2, 9))
-        ours = run(whale, ids, ids)
-        with no_downcast(): logits,loss,grads = errors(ours, run(hf, ids, ids))
+        with exactly(): logits,loss,grads = errors(run(whale, ids, ids), run(hf, ids, ids))
         assert logits<=LIMITS['logits64'] and loss<=LIMITS['loss64'] and max(grads.values())<=LIMITS['grads64']
 
 def equal_streams_stay_equal():

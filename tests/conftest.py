@@ -1,5 +1,6 @@
 """pytest in the checkout: the package is importable uninstalled, no network or window is used, and the flags that mark
-notebook cells (`tst_flags` of settings.ini) mark tests as well: `@pytest.mark.slow` runs with `pytest --flags slow`."""
+notebook cells (`tst_flags` of settings.ini) mark tests as well: `@pytest.mark.slow` runs with `pytest --flags slow`.
+`pytest --used` tells how much of its limit each numerical comparison used (tests/used.py)."""
 import os, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -14,9 +15,14 @@ ini = ConfigParser(interpolation=None)
 ini.read(ROOT/'settings.ini', encoding='utf-8')
 FLAGS = ini['DEFAULT']['tst_flags'].split()
 
-def pytest_addoption(parser): parser.addoption('--flags', default='', help=f'run these tests too, separated by spaces: {" ".join(FLAGS)}')
+def pytest_addoption(parser):
+    parser.addoption('--flags', default='', help=f'run these tests too, separated by spaces: {" ".join(FLAGS)}')
+    parser.addoption('--used', nargs='?', const='', metavar='FILE', help='how much of its limit each numerical comparison used; to a file as well')
 
 def pytest_configure(config):
+    if config.getoption('used') is not None:
+        import used
+        config.pluginmanager.register(used.Plugin(config), 'used')
     for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')
 
 def pytest_collection_modifyitems(config, items):

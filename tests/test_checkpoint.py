@@ -9,7 +9,7 @@ import pytest
 from nanowhale.checkpoint import Claim, atomic_folder, checkpoints, drop_metrics, link, prune, read_metrics
 from nanowhale.model import Whale
 from nanowhale.weights import atomic
-from runs import DOOR, FAST, SMALL, environment, fingerprint, jsonl, last_line, nanowhale, provenance, start, texts
+from runs import DOOR, FAST, PATIENCE, SMALL, environment, fingerprint, jsonl, last_line, nanowhale, provenance, start, texts
 
 STEPS = 6
 def options(ahead=0): return ['train', '--data', 'words.jsonl', '--steps', STEPS, '--evals', STEPS, '--buffer', 150, '--ahead', ahead, *SMALL]
@@ -26,7 +26,7 @@ def whole(tmp_path_factory): return place(tmp_path_factory.mktemp('runs'))
 
 # ---------------------------------------------------------------- kills
 
-def wait_for(p, what, seconds=120):
+def wait_for(p, what, seconds=PATIENCE):
     "Wait until `what()` or until the process has ended; does it still run?"
     end = time.monotonic()+seconds
     while not what() and p.poll() is None and time.monotonic()<end: time.sleep(0.002)
@@ -66,7 +66,7 @@ def killed(folder, name, kind, rng, door=FAST):
     out = folder/name
     p = start(*options(ahead=int(kind=='data process')), '--out', name, cwd=folder, door=door)
     KILLS[kind](p, out, rng)
-    err = p.communicate(timeout=120)[1]
+    err = p.communicate(timeout=PATIENCE)[1]
     left = dict(code=p.returncode, error=last_line(err) if err.strip() else '', steps=steps_done(out), half=len(list((out/'checkpoints').glob('.step-*.tmp'))),
         checkpoint=max([int(f.name[5:]) for f in checkpoints(out)], default=0))
     for f in checkpoints(out): Whale.from_pretrained(f)   # each that has the name is whole
@@ -102,7 +102,7 @@ def test_signals_sent_to_a_process(whole, signum, exit_code, ahead):
     p = start(*options(ahead), '--out', out.name, cwd=folder, start_new_session=True)
     wait_for(p, lambda: steps_done(out)>=2)
     os.killpg(p.pid, signum) if signum==signal.SIGINT else p.send_signal(signum)
-    err = p.communicate(timeout=120)[1]
+    err = p.communicate(timeout=PATIENCE)[1]
     assert p.returncode==exit_code and 'Traceback' not in err and last_line(err).startswith('nanowhale: stopped after step'), err
     code,err = nanowhale('train', '--resume', '--out', out.name, cwd=folder)
     assert code==0 and not differences(fingerprint(out), want), err
@@ -257,7 +257,7 @@ def test_a_file_that_may_not_grow(whole, tmp_path):
     size = (folder/'whole'/'model.safetensors').stat().st_size
     limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, size//2)))
     p = start(*options(), '--out', tmp_path/'run', cwd=folder, preexec_fn=limit)
-    err = p.communicate(timeout=120)[1]
+    err = p.communicate(timeout=PATIENCE)[1]
     assert p.returncode==1 and 'Traceback' not in err and last_line(err).startswith('nanowhale: step 1 could not be saved'), err
     assert 'there is no earlier checkpoint' in err and not list((tmp_path/'run'/'checkpoints').iterdir())
 

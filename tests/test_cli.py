@@ -7,6 +7,7 @@ import nanowhale.cli as cli
 from nanowhale import __version__
 from nanowhale.cli import main
 from nanowhale.step import Recipe
+from runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 DOOR = [sys.executable, '-c', 'import sys; from nanowhale.cli import main; sys.exit(main())']
@@ -14,7 +15,7 @@ DOOR = [sys.executable, '-c', 'import sys; from nanowhale.cli import main; sys.e
 def alone(*words, cwd):
     "In a process of its own"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'TQDM_DISABLE': '1'}
-    return subprocess.run([*DOOR, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*DOOR, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 def nanowhale(*words, cwd, stdin=''):
     "In this process, which saves the seconds that a new one needs to import torch; an error that `main` does not answer is raised here"
@@ -266,10 +267,10 @@ def test_ctrl_c_saves(place):
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TQDM_DISABLE': '1'}
     p = subprocess.Popen([*DOOR, 'train', '--data', 'data.txt', '--steps', '100000', '--batch_size', '1', '--context', '32', '--out', 'cutshort'],
                          cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log,deadline = d/'cutshort'/'metrics.jsonl',time.monotonic()+120
+    log,deadline = d/'cutshort'/'metrics.jsonl',time.monotonic()+PATIENCE
     while not (log.exists() and log.read_text().count('\n')>=2) and time.monotonic()<deadline: time.sleep(0.2)
     p.send_signal(signal.SIGINT)
-    out,err = p.communicate(timeout=240)
+    out,err = p.communicate(timeout=PATIENCE)
     assert p.returncode==130 and 'Traceback' not in err, err
     assert err.strip().split('\n')[-1].startswith('nanowhale: stopped after step ') and err.strip().endswith('--resume --out cutshort'), err
     assert nanowhale('generate', 'Whale', '--model', 'cutshort', '--tokens', '3', cwd=d).returncode==0

@@ -3,7 +3,7 @@
     pytest tests/test_compress.py           20 random mixes of layers
     python tests/test_compress.py --n 200   a table: worst errors of forward, gradients and cached decoding
 """
-import argparse, math, random
+import argparse, inspect, math, random
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -52,12 +52,17 @@ def random_cuts(seed, n=T):
     while n: out.append(min(n, r.choice([1, 1, 1, 2, 3, 7, 11]))); n -= out[-1]
     return out
 
+def their_cache(model):
+    "transformers' cache as an argument, under the name that this release gives it"
+    name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
+    return {name: DynamicCache(config=model.config), 'use_cache': True}
+
 def in_pieces(model, ids, cuts, docs=None):
     ours = isinstance(model, Whale)
-    cache,out,a = Cache(model.cfg) if ours else DynamicCache(config=model.config),[],0
+    kept,out,a = dict(cache=Cache(model.cfg)) if ours else their_cache(model),[],0
     for n in cuts:
-        more = dict(cache=cache, docs=None if docs is None else docs[:,a:a+n]) if ours else dict(past_key_values=cache, use_cache=True)
-        out.append(model(ids[:,a:a+n], **more).logits); a += n
+        more = dict(docs=None if docs is None else docs[:,a:a+n]) if ours else {}
+        out.append(model(ids[:,a:a+n], **kept, **more).logits); a += n
     return torch.cat(out, 1)
 
 def errors(seed, met=None):

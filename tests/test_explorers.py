@@ -5,6 +5,7 @@ from pydoc_data.topics import topics
 import pytest, torch
 from torch.testing import assert_close
 import browser
+from runs import PATIENCE
 from nanowhale.config import SIZES, tiny, tiny_v4
 from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.generate import generate
@@ -33,7 +34,7 @@ const say = x => console.log(JSON.stringify(x, (_, v) => ArrayBuffer.isView(v) ?
 def js(code, whale=EXPLORERS/'whale.js', **given):
     "What a few lines of JavaScript say, given some values"
     head = HEAD.replace('WHALE', whale.as_uri()).replace('TOKENIZER', (EXPLORERS/'tokenizer.js').as_uri())
-    res = subprocess.run(['node', '--input-type=module', '-e', head+code], input=json.dumps(given), capture_output=True, text=True, timeout=120)
+    res = subprocess.run(['node', '--input-type=module', '-e', head+code], input=json.dumps(given), capture_output=True, text=True, timeout=PATIENCE)
     assert res.returncode==0, res.stderr[-3000:]
     return json.loads(res.stdout)
 

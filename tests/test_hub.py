@@ -23,6 +23,7 @@ from nanowhale.hub import card, export
 from nanowhale.model import Whale
 from nanowhale.checkpoint import write_json
 from nanowhale.weights import FLOAT32, INDEX, WEIGHTS, find_folder, read_json, read_weights
+from runs import PATIENCE
 from test_legacy import random_old, write
 from test_parity import randomise
 
@@ -329,7 +330,7 @@ def test_the_commands_as_a_user_meets_them(run, tmp_path):
         HF_HUB_DISABLE_PROGRESS_BARS='1', HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='127.0.0.1')
     def nanowhale(*words):
         return subprocess.run([sys.executable, '-c', 'import sys; from nanowhale.cli import main; sys.exit(main())', *words], env=env, cwd=tmp_path,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
     here,there = nanowhale('generate', 'The whale', '--tokens', '9', '--seed', '1', '--model', str(run)),nanowhale('generate', 'The whale', '--tokens', '9',
         '--seed', '1', '--model', NAME, '--revision', hub.sha(NAME))
     assert here.returncode==there.returncode==0 and here.stdout==there.stdout, there.stderr
@@ -446,7 +447,7 @@ def test_a_hostile_tokenizer_is_one_clear_line(run, tmp_path):
     for f,b in zip(folders, BAD_TOKENIZERS.values()): (f/'tokenizer.json').write_bytes(b)
     os.truncate(tmp_path/'terabyte'/'tokenizer.json', 2**40)
     done = subprocess.run([sys.executable, '-c', TOKENIZERS, str(run), *map(str, folders)], env=os.environ|dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1'),
-        capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+        capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     lines = dict(zip([f.name for f in folders], map(json.loads, done.stdout.splitlines())))
     print('\n'.join(f'{k:16}{v.replace(str(tmp_path), "")}' for k,v in lines.items()))
     assert len(lines)==len(folders), done.stderr[-2000:]

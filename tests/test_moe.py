@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from nanowhale import moe as M
 from nanowhale.config import WhaleConfig, nanowhale_100m, count_params, count_flops
 from nanowhale.moe import MoE, SCORES, balance_loss, bias_step, dispatch, expert_load, max_vio, route, sqrt_softplus, swiglu
+from test_parity import no_downcast
 
 BIAS = 'gate.e_score_correction_bias'
 
@@ -50,13 +51,13 @@ def forward_and_gradients(m, x, dy):
     return y.detach(), dict(x=x.grad, **{n:p.grad for n,p in m.named_parameters()})
 
 def compare(seed):
-    "Worst absolute difference of the output, and worst difference of a gradient relative to its largest entry"
+    "Worst difference of the output and of a gradient, relative to its largest entry, in float64"
     torch.manual_seed(seed)
     cfg = random_config(seed)
-    ours,theirs = pair(cfg)
-    x = torch.randn(random.Random(-seed).randint(1, 4), random.Random(seed+7).randint(1, 9), cfg.hidden_size)
+    ours,theirs = (m.double() for m in pair(cfg))
+    x = torch.randn(random.Random(-seed).randint(1, 4), random.Random(seed+7).randint(1, 9), cfg.hidden_size).double()
     dy = torch.randn_like(x)
-    (y,g),(y_hf,g_hf) = (forward_and_gradients(m, x, dy) for m in (ours,theirs))
+    with no_downcast(): (y,g),(y_hf,g_hf) = (forward_and_gradients(m, x, dy) for m in (ours,theirs))
     assert g.keys()==g_hf.keys()
     g_hf = {n: torch.zeros_like(g[n]) if v is None else v for n,v in g_hf.items()}
     floor = 1e-2*max(v.abs().max() for v in g_hf.values())   # with k=1 the router's true gradient is 0 (a weight of s/s)
@@ -66,7 +67,7 @@ def compare(seed):
 @pytest.mark.parametrize('seed', range(60))
 def test_agrees_with_transformers(seed):
     forward,back = compare(seed)
-    assert forward<1e-5 and back<1e-4, (forward, back, random_config(seed))
+    assert forward<1e-9 and back<1e-9, (forward, back, random_config(seed))
 
 # ---------------------------------------------------------------- planted bugs: the comparison must go red
 
@@ -237,9 +238,10 @@ def test_score_has_the_exact_gradient_for_every_logit():
     assert_close(s.detach().double(), exact, rtol=3e-6, atol=0)
     assert_close(g.double(), zd.sigmoid()/(2*exact), rtol=3e-6, atol=0)
     normal = z.detach()>=-40
-    assert torch.equal(s[normal], F.softplus(z[normal]).sqrt())
+    assert_close(s[normal], F.softplus(z[normal]).sqrt(), rtol=1e-6, atol=0)
     plain, = torch.autograd.grad(F.softplus(z).sqrt().sum(), z)
-    assert plain.isnan().any() and torch.equal(g[normal], plain[normal])   # what the plain formula does
+    assert plain.isnan().any()                                            # what the plain formula does
+    assert_close(g[normal], plain[normal], rtol=3e-6, atol=0)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('logit', [-1e30, -1000., -120., -95., -41., 50., 1e5])
@@ -262,7 +264,7 @@ def test_router_is_float32_in_bf16_and_under_autocast():
         s,i,v = m.gate(x)
         y,_ = m(x)
     assert torch.equal(s, scores) and torch.equal(i, idx) and torch.equal(v, w)
-    assert ((y-m(x)[0]).norm()/y.norm()).item()<.02
+    assert ((y-m(x)[0]).norm()/y.norm()).item()<8*2**-8   # in steps of bfloat16: a few roundings one after the other
     m,x = m.bfloat16(),x.bfloat16()
     s,_,v = m.gate(x)
     assert s.dtype==v.dtype==torch.float32
@@ -276,7 +278,7 @@ def test_bf16_is_near_float32():
     exact = fill(MoE(cfg))
     exact.load_state_dict({n:v.float() for n,v in m.state_dict().items()})
     want = exact(x.float())[0]
-    assert ((m(x)[0].float()-want).norm()/want.norm()).item()<.01
+    assert ((m(x)[0].float()-want).norm()/want.norm()).item()<4*2**-8
 
 # ---------------------------------------------------------------- balance
 
@@ -369,7 +371,7 @@ def test_bias_rule_cures_the_collapse(seed):
             if step>=150: load,losses = load+r.load(),losses+loss.item()
         return load/load.sum(),losses
     (off,loss_off),(on,loss_on) = train(0.),train(.02)
-    assert off.min()<.02 and off.max()>.25 and on.min()>.1 and on.max()<.2 and loss_on<.9*loss_off
+    assert off.min()<.05 and off.max()>.25 and on.min()>.1 and on.max()<.2 and loss_on<.9*loss_off   # even is a seventh
 
 # ---------------------------------------------------------------- cost
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from nanowhale.checkpoint import checkpoints
 from nanowhale.model import Whale
-from runs import environment, jsonl, metrics, provenance, texts
+from runs import PATIENCE, environment, jsonl, metrics, provenance, texts
 
 def door(folder):
     "The command as a file, which is what torchrun starts: the installed one, or the same in two lines"
@@ -28,7 +28,7 @@ def begin(n, *words, cwd):
 
 def train(n, *words, cwd):
     p = begin(n, *words, cwd=cwd)
-    err = p.communicate(timeout=1200)[1]
+    err = p.communicate(timeout=PATIENCE)[1]
     assert p.returncode==0, err[-2000:]
 
 GENTLE = ('--lr', 1e-3, '--muon-lr', 2e-3)   # rates at which rounding hardly grows
@@ -91,11 +91,11 @@ def test_a_lost_process(alone):
     folder,_ = alone
     out = folder/'lost'
     p = begin(2, *options(400), '--evals', 100, '--out', out, cwd=folder)
-    end = time.monotonic()+300
+    end = time.monotonic()+PATIENCE
     while not checkpoints(out) and p.poll() is None and time.monotonic()<end: time.sleep(0.1)
     assert p.poll() is None, p.communicate()[1][-3000:]
     os.kill(children(p.pid)[-1], signal.SIGKILL)
-    err = p.communicate(timeout=120)[1]
+    err = p.communicate(timeout=PATIENCE)[1]
     said = [l for l in err.replace('\r', '\n').split('\n') if l.startswith('nanowhale: ')]
     assert p.returncode and len(said)==1 and 'another process was lost' in said[0] and '--resume' in said[0], err[-3000:]
     assert '[rank0]: Traceback' not in err and not list((out/'checkpoints').glob('.*'))
@@ -104,7 +104,7 @@ def test_a_lost_process(alone):
 def test_rows_that_cannot_be_shared(alone):
     folder,_ = alone
     p = begin(2, *options(2), '--batch-size', 1, '--accum', 1, '--out', 'odd', cwd=folder)
-    err = p.communicate(timeout=120)[1]
+    err = p.communicate(timeout=PATIENCE)[1]
     assert p.returncode and 'nanowhale: 1 rows a step cannot be shared by 2 processes' in err, err
     assert '[rank0]: Traceback' not in err and not (folder/'odd').exists()
 

@@ -8,6 +8,7 @@ import nanowhale.weights as weights
 from nanowhale.model import Whale
 from nanowhale.weights import (INDEX, WEIGHTS, atomic, check_keys, n_mtp, native_name, read_config, read_file, read_json, read_weights,
     translate, write_weights)
+from runs import PATIENCE
 from test_parity import pair, randomise, same_logits, small
 
 transformers.utils.logging.disable_progress_bar()
@@ -282,7 +283,7 @@ def test_hostile_files_are_one_clear_line_in_little_memory(tmp_path):
         how(tmp_path/name)
     root = os.path.dirname(os.path.dirname(os.path.abspath(weights.__file__)))
     done = subprocess.run([sys.executable, '-c', LIMITED, str(tmp_path/'good'), *(str(tmp_path/n) for n in HOSTILE)], env=os.environ|dict(PYTHONPATH=root),
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=PATIENCE)
     lines = [json.loads(l) for l in done.stdout.splitlines()]
     assert len(lines)==len(HOSTILE), done.stderr[-2000:]
     wrong = {n: l for (n,(_,says)),l in zip(HOSTILE.items(), lines) if '\n' in l or len(l)>600 or str(tmp_path/n) not in l or not all(s in l for s in says)}
