@@ -126,7 +126,8 @@ def test_a_missing_name_is_no_pattern_either(tmp_path):
 TEXTS_OF_ROWS = ['2024-01-31', '2024-01-31T12:00:00Z', '12:30', '31.12.1999', '1e5', 'null', '0012', 'true', 'Whale 鯨 🐋', 'two\r\nlines\rand more\n']
 
 def test_other_fields_may_be_anything_in_jsonl(tmp_path):
-    others = [{}, dict(n=None), dict(n=dict(a=[1, {}])), dict(n=3), dict(n='three'), dict(n=[[], 'x', None]), dict(type='message', payload=dict(role='user'), message=dict(id=1)),
+    others = [{}, dict(n=None), dict(n=dict(a=[1, {}])), dict(n=3), dict(n='three'), dict(n=[[], 'x', None]), dict(type='message',
+        payload=dict(role='user'), message=dict(id=1)),
         dict(n=10**4000), dict(n=float('nan')), dict(half='\ud800'), dict(n=True, text2='no')]
     rows = [dict(other, text=t) for other,t in zip(others*3, TEXTS_OF_ROWS*3)]
     lines = [json.dumps(r).replace('1'+'0'*4000, '9'*5000) for r in rows]
@@ -135,7 +136,8 @@ def test_other_fields_may_be_anything_in_jsonl(tmp_path):
 
 def test_other_columns_may_be_anything_in_parquet(tmp_path):
     n = len(TEXTS_OF_ROWS)
-    table = pa.table({'text': TEXTS_OF_ROWS, 'map': pa.array([[('a', 1)]]*n, pa.map_(pa.string(), pa.int64())), 'when': [datetime(2024, 1, 1)]*n, 'none': pa.nulls(n),
+    table = pa.table({'text': TEXTS_OF_ROWS, 'map': pa.array([[('a', 1)]]*n, pa.map_(pa.string(), pa.int64())), 'when': [datetime(2024, 1,
+        1)]*n, 'none': pa.nulls(n),
         'id': pa.array([uuid.uuid4().bytes]*n, pa.uuid()), 'deep': [[[{'text': 'no'}]]]*n, 'text.x': ['no']*n, 'half': pa.array([1.5]*n, pa.float16()),
         'broken': pa.array([b'\xff']*n).cast(pa.binary()), 'day': [date(2024, 1, 1)]*n, 'long': pa.array([1]*n, pa.decimal128(38, 0))})
     pq.write_table(table, tmp_path/'a.parquet')
@@ -188,16 +190,22 @@ def test_a_dataset_of_the_hub_follows_the_same_rules(monkeypatch):
     ('empty.txt', b'', 'is empty'), ('latin.txt', b'caf\xe9', 'not UTF-8 text (byte 3)'), ('wide.txt', 'whale'.encode('utf-16-le'), 'not UTF-8 text (byte 1)'),
     ('late.txt', b'a'*10**6+b'\xe9', 'not UTF-8 text (byte 1000000)'), ('cut.txt', 'é'.encode()[:1], 'not UTF-8 text (byte 0)'),
     ('picture', b'\x89PNG\r\n\x1a\n', 'not UTF-8 text (byte 0)'),
-    ('broken.jsonl', b'{"text": "a"}\n{"text": ', 'broken.jsonl is not a readable .jsonl file: line 2'), ('bad.jsonl', b'{"text": "a"}\n{"text": "caf\xe9"}', 'not UTF-8 text (line 2)'),
-    ('field.jsonl', b'{"text": "a"}\n\n{"body": "a"}', 'field.jsonl, line 3: no text in "text" (its fields: body)'), ('number.jsonl', b'{"text": 3}', 'line 1: no text in "text", but 3'),
-    ('object.jsonl', b'{"text": {"a": 1}}', 'line 1: no text in "text"'), ('list.jsonl', b'["a"]', 'line 1: no row with fields'), ('word.jsonl', b'"a"', 'line 1: no row with fields'),
-    ('half.jsonl', b'{"text": "a"}\n{"text": "\\ud83d"}', 'half.jsonl, line 2: half a character'), ('chat.jsonl', b'{"text": ["\\ud83d"]}', 'line 1: half a character'),
+    ('broken.jsonl', b'{"text": "a"}\n{"text": ', 'broken.jsonl is not a readable .jsonl file: line 2'), ('bad.jsonl',
+        b'{"text": "a"}\n{"text": "caf\xe9"}', 'not UTF-8 text (line 2)'),
+    ('field.jsonl', b'{"text": "a"}\n\n{"body": "a"}', 'field.jsonl, line 3: no text in "text" (its fields: body)'), ('number.jsonl',
+        b'{"text": 3}', 'line 1: no text in "text", but 3'),
+    ('object.jsonl', b'{"text": {"a": 1}}', 'line 1: no text in "text"'), ('list.jsonl', b'["a"]', 'line 1: no row with fields'),
+        ('word.jsonl', b'"a"', 'line 1: no row with fields'),
+    ('half.jsonl', b'{"text": "a"}\n{"text": "\\ud83d"}', 'half.jsonl, line 2: half a character'), ('chat.jsonl',
+        b'{"text": ["\\ud83d"]}', 'line 1: half a character'),
     ('deep.jsonl', b'{"text": "a", "n": '+b'['*10**5+b'}', 'deep.jsonl is not a readable .jsonl file: line 1'),
-    ('wide.jsonl', '{"text": "a"}'.encode('utf-16'), 'not UTF-8 text (line 1)'), ('blank.jsonl', b'\n\n', 'has no rows'), ('nulls.jsonl', b'{"text": null}\n', 'holds no text'),
+    ('wide.jsonl', '{"text": "a"}'.encode('utf-16'), 'not UTF-8 text (line 1)'), ('blank.jsonl', b'\n\n', 'has no rows'), ('nulls.jsonl',
+        b'{"text": null}\n', 'holds no text'),
     ('other.csv', b'a,b\n1,2', 'line 1: no text in "text" (its fields: a, b)'), ('comma.csv', b'n,text\n1,a\n2,Well, no', 'comma.csv, line 3: 3 values'),
     ('short.csv', b'n,text\n1', 'short.csv, line 2: 1 values'), ('quote.csv', b'n,text\n1,"a', 'quote.csv is not a readable .csv file: line 2'),
     ('latin.csv', b'n,text\n1,caf\xe9', 'not UTF-8 text (line 2)'), ('head.csv', b'n,text\n', 'has no rows'),
-    ('broken.parquet', b'PAR1 no', 'not a readable .parquet'), ('not.txt.gz', b'plain', 'not a readable .gz'), ('not.jsonl.zst', b'plain', 'not a readable .zst')])
+    ('broken.parquet', b'PAR1 no', 'not a readable .parquet'), ('not.txt.gz', b'plain', 'not a readable .gz'), ('not.jsonl.zst', b'plain',
+        'not a readable .zst')])
 def test_bad_files_end_in_one_line(tmp_path, name, content, says):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(D.NoText) as e: list(read_texts(tmp_path/name))
@@ -226,12 +234,14 @@ def test_null_and_blank_texts_are_left_out_of_every_table(tmp_path, name):
     assert list(read_texts(tmp_path/name))==['One.', 'Two.']
 
 def test_what_a_folder_leaves_out_is_said_in_one_line_and_once(tmp_path, capsys):
-    "A folder called x.parquet, links to nothing and to folders, empty files beside good ones, a parquet file without rows, pictures, other encodings, tables without the field"
+    """A folder called x.parquet, links to nothing and to folders, empty files beside good ones, a parquet file without
+    rows, pictures, other encodings, tables without the field"""
     (tmp_path/'x.parquet').mkdir()
     pq.write_table(pa.table(dict(text=['Inside.'])), tmp_path/'x.parquet'/'part-0.parquet')
     (tmp_path/'good.rst').write_text('Good.'); (tmp_path/'code.py').write_text('print("Code.")')
     (tmp_path/'.git').mkdir(); (tmp_path/'.git'/'HEAD').write_text('ref'); (tmp_path/'.hidden').write_text('no')
-    left = dict(empty='empty', gone='a link to nothing', linked='a link to a folder', picture='not UTF-8 text', tar='not UTF-8 text', latin='not UTF-8 text', rows='no rows', other='no field "text"',
+    left = dict(empty='empty', gone='a link to nothing', linked='a link to a folder', picture='not UTF-8 text', tar='not UTF-8 text',
+        latin='not UTF-8 text', rows='no rows', other='no field "text"',
         pipe='no regular file')
     (tmp_path/'empty').touch(); (tmp_path/'gone').symlink_to(tmp_path/'nowhere'); (tmp_path/'linked').symlink_to(tmp_path/'x.parquet')
     (tmp_path/'picture').write_bytes(b'\x89PNG'); (tmp_path/'tar').write_bytes(b'a\0\0'); (tmp_path/'latin').write_bytes(b'caf\xe9'); os.mkfifo(tmp_path/'pipe')
@@ -248,7 +258,8 @@ def test_what_a_folder_leaves_out_is_said_in_one_line_and_once(tmp_path, capsys)
 
 def test_what_begins_well_and_breaks_later_is_no_file_to_leave_out(tmp_path):
     (tmp_path/'a.txt').write_text('Good.')
-    for name,content in {'b.txt': b'a'*10**6+b'\xff', 'b.jsonl': b'{"text": "a"}\n{"te', 'c.jsonl': b'{"te', 'b.parquet': b'PAR1', 'b.txt.gz': gzip.compress(b'whale')[:-9]}.items():
+    for name,content in {'b.txt': b'a'*10**6+b'\xff', 'b.jsonl': b'{"text": "a"}\n{"te', 'c.jsonl': b'{"te', 'b.parquet': b'PAR1',
+        'b.txt.gz': gzip.compress(b'whale')[:-9]}.items():
         (tmp_path/name).write_bytes(content)
         with pytest.raises(D.NoText, match=name): list(read_texts(tmp_path))
         (tmp_path/name).unlink()
@@ -291,7 +302,8 @@ def store(folder, kind, text):
 
 FORMATS = ['txt', 'md', 'tex', 'log', 'jsonl', 'csv', 'parquet']
 VERSE = '\n'.join(t for t in texts(9000, words=5))
-SHAPES = dict(verse=VERSE, line=VERSE.replace('\n', ' '), old_mac=VERSE.replace('\n', '\r'), windows=VERSE.replace('\n', '\r\n'), mixed=VERSE.replace('sea\n', 'sea\r\n\r'),
+SHAPES = dict(verse=VERSE, line=VERSE.replace('\n', ' '), old_mac=VERSE.replace('\n', '\r'), windows=VERSE.replace('\n', '\r\n'),
+    mixed=VERSE.replace('sea\n', 'sea\r\n\r'),
     paragraphs=VERSE.replace('sea\n', 'sea\n\n'), no_spaces=''.join(t for t in VERSE.split()), small=VERSE[:3000], few_kb=VERSE[:3000].replace('\n', ' '))
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -374,7 +386,8 @@ def test_a_run_on_one_long_line_and_on_a_few_books(tmp_path, monkeypatch, capsys
     (tmp_path/'verse.txt').write_text(' '.join(texts(60)))
     write(tmp_path/'books.jsonl', [dict(text=' '.join(texts(30, seed=i))) for i in range(3)])
     for data in ('verse.txt', 'books.jsonl'):
-        assert main(['train', '--data', str(tmp_path/data), '--out', str(tmp_path/data.split('.')[0]), '--steps', '1', '--evals', '1', *SMALL])==0, capsys.readouterr().err
+        assert main(['train', '--data', str(tmp_path/data), '--out', str(tmp_path/data.split('.')[0]), '--steps', '1', '--evals', '1',
+            *SMALL])==0, capsys.readouterr().err
 
 def test_rows_that_are_mostly_padding_are_told(tmp_path, monkeypatch, capsys):
     import nanowhale.train as T
@@ -388,7 +401,8 @@ def test_rows_that_are_mostly_padding_are_told(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('words,says', [
     (['--init', 'A', '--tokenizer', 'B'], "init='A' takes the place of tokenizer='B'"), (['--init', 'A', '--init-std', '0.1'], "takes the place of init_std"),
     (['--chat', 'C', '--init', 'A', '--data', 'B'], "chat='C' takes the place of data='B'"), (['--chat', 'C'], 'name its folder with --init'),
-    (['--recipe', 'chat', '--data', 'B'], 'name them with --chat'), (['--preset', 'nanowhale_100m', '--init', 'A', '--tokenizer', 'B'], "takes the place of tokenizer='B'")])
+    (['--recipe', 'chat', '--data', 'B'], 'name them with --chat'), (['--preset', 'nanowhale_100m', '--init', 'A', '--tokenizer', 'B'],
+        "takes the place of tokenizer='B'")])
 def test_options_that_exclude_each_other(tmp_path, monkeypatch, capsys, words, says):
     monkeypatch.chdir(tmp_path)
     assert main(['train', *words])==1
@@ -401,9 +415,11 @@ def test_a_resumed_run_keeps_its_recipe_or_says_so(tmp_path, capsys):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'run.json').write_text(json.dumps(dict(preset='tiny', seed=3, recipe=asdict(Recipe(lr=0.5, data='x.txt')), version='1')))
     resume = ['train', '--resume', '--out', str(tmp_path/'run')]
-    for words,says in ((['--lr', '1'], 'lr=0.5'), (['--data', 'y.txt'], "data='x.txt'"), (['--seed', '4'], 'seed=3'), (['--preset', 'tiny_v4'], "preset='tiny'")):
+    begun = ((['--lr', '1'], '--lr 1.0 (it has 0.5)'), (['--data', 'y.txt'], '--data y.txt (it has x.txt)'),
+        (['--seed', '4'], '--seed 4 (it has 3)'), (['--preset', 'tiny_v4'], '--preset tiny_v4 (it has tiny)'))
+    for words,says in begun:
         assert main([*resume, *words])==1
-        assert f'was begun with {says}' in capsys.readouterr().err
+        assert f'not with {says}' in capsys.readouterr().err
     assert main([*resume, '--lr', '0.5', '--data', 'x.txt', '--seed', '3'])==1
     assert 'x.txt: no such file' in capsys.readouterr().err            # it went on, and further
 
