@@ -28,7 +28,7 @@ from .optim import make_optimizers
 from .parallel import from_first, local_device, my_rows, n_ranks, rank, ranks, spread, total
 from .step import Recipe, first_not_finite, get_recipe, load_balance, n_targets, train_step, INSTEAD
 from .stream import Blocks, Stream, as_is, held_out_texts, pack_texts, warn_of_padding
-from .weights import read_file, read_json
+from .weights import read_file
 
 # %% ../nbs/15_train.ipynb #93a7d799
 def free_folder(
@@ -460,7 +460,8 @@ def check_asked(
     told = told | {k: v for k,v in dict(preset=preset, seed=seed).items() if v is not None}
     other = {k: v for k,v in told.items() if v!=mine.get(k)}
     if not other: return
-    said = ', '.join(f'--{k.replace("_", "-")} {v} (it has {mine.get(k)})' for k,v in other.items())
+    def shown(v): return 'none' if v is None else v
+    said = ', '.join(f'--{k.replace("_", "-")} {shown(v)} (it has {shown(mine.get(k))})' for k,v in other.items())
     planned = ', its learning rate planned to the last step' if 'steps' in other else ''
     raise ValueError(f'{out}: --resume goes on with a run as it was begun{planned}, not with {said}. '
         f'Leave that out, or begin a new run from its weights: --init {out}, with another --out')

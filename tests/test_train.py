@@ -12,6 +12,7 @@ from nanowhale.model import Whale
 from nanowhale.optim import make_optimizers
 from nanowhale.step import Recipe, add_gradients, train_step
 from nanowhale.stream import held_out_texts
+from nanowhale.train import as_cell
 
 def packed(n, T, V=60, seed=0):
     "Random rows with document boundaries and padding in unequal places"
@@ -116,7 +117,7 @@ def test_how_evenly_experts_work_stands_in_metrics_report_and_card(run):
     assert results['held-out MaxVio of each block']==pytest.approx(vio, abs=0.006)
     shares = [results[f'held-out share of the {which} expert of a block'] for which in ('idlest', 'busiest')]
     assert shares==pytest.approx([least, most], abs=1e-4)
-    assert f"| held-out MaxVio of each block | {results['held-out MaxVio of each block']} |" in (out/'README.md').read_text()
+    assert f"| held-out MaxVio of each block | {as_cell(results['held-out MaxVio of each block'])} |" in (out/'README.md').read_text()
 
 @pytest.mark.parametrize('where', ['.', 'checkpoints/step-00000006'])
 def test_transformers_gives_the_same_logits(run, where):
