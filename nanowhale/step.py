@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from .compress import document_starts, make_blocks
-from .config import INSTEAD, CSA, check_kind, Recipe
+from .config import INSTEAD, CSA, Recipe
 from .hyper import HyperConnection
 from .model import Whale
 from .moe import max_vio
