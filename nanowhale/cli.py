@@ -260,7 +260,7 @@ class Parser(argparse.ArgumentParser):
     ):
         width = shutil.get_terminal_size((120, 30))[0]
         layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=width//2, width=width)
-        super().__init__(prog=f'nanowhale {name}', description=command.__doc__, formatter_class=layout, allow_abbrev=False)
+        super().__init__(prog=f'nanowhale {name}', description=command.__doc__, formatter_class=layout)
         self.known = {'help'}
         for k,v in docments(command, full=True, returns=False, eval_str=True).items():
             param = v.anno if isinstance(v.anno, Param) else Param(v.docment, v.anno)

@@ -457,11 +457,11 @@ def check_asked(
     "Refuse to go on with a run otherwise than it was begun, in one line that names each difference"
     mine = spec['recipe'] | dict(preset=spec['preset'], seed=spec['seed'])
     told = asdict(get_recipe(preset or spec['preset'], recipe, **changes)) if recipe else changes
-    told = told | {k: v for k,v in dict(preset=preset, seed=seed).items() if v is not None}
-    other = {k: v for k,v in told.items() if v!=mine.get(k)}
+    told = told | dict(preset=preset, seed=seed)
+    other = {k: v for k,v in told.items() if v is not None and v!=mine.get(k)}
     if not other: return
-    def shown(v): return 'none' if v is None else v
-    said = ', '.join(f'--{k.replace("_", "-")} {shown(v)} (it has {shown(mine.get(k))})' for k,v in other.items())
+    def has(k): return 'none' if mine.get(k) is None else mine[k]
+    said = ', '.join(f'--{k.replace("_", "-")} {v} (it has {has(k)})' for k,v in other.items())
     planned = ', its learning rate planned to the last step' if 'steps' in other else ''
     raise ValueError(f'{out}: --resume goes on with a run as it was begun{planned}, not with {said}. '
         f'Leave that out, or begin a new run from its weights: --init {out}, with another --out')

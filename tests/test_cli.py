@@ -226,6 +226,8 @@ CASES = {
     'chat at a wrong temperature': (['chat', '--temperature', '-1'], 'temperature=-1.0'),
     'resumed for longer': (['train', '--resume', '--steps', '60'], '--steps 60 (it has 3)'),
     'resumed otherwise': (['train', '--resume', '--lr', '0.1', '--context', '64', '--seed', '4'], 'not with --lr 0.1 (it has 0.012), --seed 4 (it has 0)'),
+    'resumed on another text': (['train', '--resume', '--tokenizer', 'other', '--data', 'more.txt'],
+        'not with --tokenizer other (it has none), --data more.txt (it has data.txt)'),
     'resumed with another size': (['train', '--resume', '--preset', 'nanowhale_100m'], '--preset nanowhale_100m (it has tiny)'),
     'resumed by another recipe': (['train', '--resume', '--recipe', 'card'], '--lr 0.003 (it has 0.012)'),
     'two models for eval': (['eval', 'whale', '--model', 'other'], 'two models'),
