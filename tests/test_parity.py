@@ -230,7 +230,8 @@ def main():
     p.add_argument('--seed', type=int, default=0, help='seed of the first one (default: 0)')
     a = p.parse_args()
     rows = [compare_twice(s) for s in range(a.seed, a.seed+a.n)]
-    print(f'{a.n} configurations (seeds {a.seed} to {a.seed+a.n-1}), {sum(r["n_grads"] for r in rows)} gradients; drawn again: {[r["seed"] for r in rows if r["again"]] or "none"}')
+    print(f'{a.n} configurations (seeds {a.seed} to {a.seed+a.n-1}), {sum(r["n_grads"] for r in rows)} gradients')
+    print(f'drawn again: {[r["seed"] for r in rows if r["again"]] or "none"}')
     print(f'{"":10}{"allowed":>10}{"median":>10}{"worst":>10}  seed')
     for what,limit in LIMITS.items():
         rows.sort(key=lambda r: r[what])

@@ -1,9 +1,9 @@
 """How much of its limit does each numerical comparison use? What fills a third of it here may overflow elsewhere.
 
-    pytest --used tests/test_mla.py                a table at the end, the fullest first
-    pytest --used=FILE.json -n 2 tests             the whole list as a file as well
-    python tests/used.py [--out FILE] [NOTEBOOKS]  the same for the cells of notebooks (default: all)
-    python tests/used.py --compare A.json B.json   the worst share of each comparison over several such files
+    pytest --used tests/test_mla.py                  a table at the end, the fullest first
+    pytest --used --used-out FILE.json -n 2 tests    the whole list as a file as well
+    python tests/used.py [--out FILE] [NOTEBOOKS]    the same for the cells of notebooks (default: all)
+    python tests/used.py --compare A.json B.json     the worst share of each comparison over several such files
 
 Counted are `assert_close`, `allclose`, `isclose`, `test_close`, `pytest.approx`, and every `a < b` in an assertion that
 compares floats: its share is a/b. A limit is what two ways to compute one thing may differ by; whatever else an
@@ -157,7 +157,7 @@ def save(rows, path): Path(path).write_text(json.dumps(dict(sorted(rows.items())
 class Plugin:
     def __init__(self, config):
         from _pytest.assertion import rewrite
-        self.config,self.out = config,config.getoption('used')
+        self.config,self.out = config,config.getoption('used_out')
         install(); watch_approx()
         plain = rewrite.rewrite_asserts
         def rewritten(tree, source, path=None, *args, **kwargs):
