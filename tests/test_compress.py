@@ -371,8 +371,8 @@ def test_round_trip_through_a_folder(tmp_path):
     from transformers import AutoModelForCausalLM
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     theirs.set_experts_implementation('eager')
+    with torch.no_grad(): assert torch.equal(again(ids).logits, whale(ids).logits)
     with torch.no_grad(), exactly():
-        assert torch.equal(again(ids).logits, whale(ids).logits)
         assert_close(theirs.double()(ids, use_cache=False).logits, whale.double()(ids).logits, atol=1e-10, rtol=1e-10)
     assert Whale.from_hf(theirs).cfg.kinds==whale.cfg.kinds
 
