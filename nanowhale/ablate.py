@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', '
            'against_base', 'pace_of', 'shown', 'table', 'ablate']
 
 # %% ../nbs/19_ablate.ipynb #5b84218e
-import json, subprocess, time
+import subprocess, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -19,8 +19,9 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 from . import __path__, __version__
-from .bench import add_to
+from .bench import add_to, read_entries
 from .config import WhaleConfig, tiny
+from .generate import whole_number
 from .hyper import HyperConnection
 from .model import Whale
 from .moe import Router
@@ -208,8 +209,7 @@ def entries(
     steps:int,       # of the base
 ) -> list[dict]:     # none, where there is no file
     "The runs that a file holds, of one length of the base"
-    path = Path(path)
-    return [r for r in json.loads(path.read_text()) if r['base_steps']==steps] if path.exists() else []
+    return [r for r in read_entries(path) if r.get('base_steps')==steps]
 
 # %% ../nbs/19_ablate.ipynb #0948c018
 def against_base(
@@ -263,7 +263,9 @@ def ablate(
 ) -> list[dict]:             # all entries of the file with as many steps
     "Train the small whale with one part exchanged and without, at equal tokens and at equal time"
     names = list(ABLATIONS) if name=='all' else list(dict.fromkeys(['base', name]))
+    for option,n in dict(seeds=seeds, steps=steps).items(): whole_number(option, n, 1)
     for n in names: setup(n, steps=steps)      # a wrong name is noticed here
+    read_entries(out)                          # and a file that is none here
     keep_freed_memory(); torch.set_num_threads(1)
     about = dict(command=f'nanowhale ablate {name} --seeds {seeds} --steps {steps}', commit=commit(), hardware=hardware(torch.device('cpu')))
     def once(n, seed, equal, measure):

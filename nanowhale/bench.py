@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['alternate', 'ceilings', 'make_sides', 'adamw', 'training_job', 'Clock', 'decode_rate', 'prefill_job', 'step_memory',
-           'in_fresh_process', 'token_bytes', 'measure_training', 'measure_writing', 'bench', 'table', 'add_to',
-           'there_and_back', 'profile_step']
+           'in_fresh_process', 'token_bytes', 'measure_training', 'measure_writing', 'bench', 'table', 'read_entries',
+           'add_to', 'there_and_back', 'profile_step']
 
 # %% ../nbs/18_bench.ipynb #79053a21
 import json, time
@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from .config import SWA, cache_bytes, count_flops, count_params, get_preset
-from .generate import evaluating, generate, next_logits
+from .generate import evaluating, generate, next_logits, whole_number
 from .graph import Decoder, need_compiler
 from .hyper import collapse, mix
 from .linear import product
@@ -211,8 +211,8 @@ def bench(
     preset:str='nanowhale_100m',  # size of the model: tiny, nanowhale_100m, tiny_v4, nanowhale_v4
     batch_size:int=1,             # rows of a training step
     context:int=512,              # tokens of a row, and of the prompt that prefill reads
-    dtype:str='fp32',             # fp32, or bf16: products in training, all weights in generation
-    tokens:int=32,                # to decode, after a prompt of at most 128
+    precision:str='fp32',         # fp32, or bf16: products in training, all weights in generation
+    max_new_tokens:int=32,        # to decode, after a prompt of at most 128
     repeats:int=5,                # rounds that count; the median is shown
     device:str=None,              # cpu, cuda ...; none: a GPU if there is one
     profile:bool=False,           # split a step by component, too
@@ -220,27 +220,32 @@ def bench(
     out:str='bench.json',         # file to add the figures to
 )->dict:                          # the figures
     "Training, prefill, decoding and memory, beside transformers and beside the machine's limits"
+    get_preset(preset)
+    sizes = dict(batch_size=batch_size, context=context, max_new_tokens=max_new_tokens, repeats=repeats)
+    for name,n in sizes.items(): whole_number(name, n, 1)
+    if precision not in ('fp32', 'bf16'): raise ValueError(f'precision={precision!r}: choose fp32 or bf16')
+    if out: read_entries(out)
     keep_freed_memory()
     device,size,T = pick_device(device),(batch_size,context),context
     if compile: need_compiler(device.type)
-    bf16,args = dtype=='bf16',(repeats, device)
-    memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, dtype) for name in ('nanowhale', 'transformers')}
+    bf16,args = precision=='bf16',(repeats, device)
+    memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, precision) for name in ('nanowhale', 'transformers')}
     sides = make_sides(preset, device, T)
     cfg,prompt,top = sides['nanowhale'].cfg,min(128, T),ceilings(device)
-    losses,train = measure_training(sides, *size, dtype, *args, compile)
-    _,train['nanowhale with MTP'] = (d['nanowhale'] for d in measure_training(make_sides(preset, device, T, mtp=True), *size, dtype, *args))
+    losses,train = measure_training(sides, *size, precision, *args, compile)
+    _,train['nanowhale with MTP'] = (d['nanowhale'] for d in measure_training(make_sides(preset, device, T, mtp=True), *size, precision, *args))
     sides = make_sides(preset, device, T, dtype=torch.bfloat16 if bf16 else torch.float32)
-    prefill,decode = measure_writing(sides, T, prompt, tokens, *args, compile)
+    prefill,decode = measure_writing(sides, T, prompt, max_new_tokens, *args, compile)
     del sides
     work = lambda c: sum(count_flops(c, T).values())
     head,mtp = 2*cfg.hidden_size*cfg.vocab_size,replace(cfg, num_nextn_predict_layers=1)
-    share = dict(training={k: 3*work(mtp if 'MTP' in k else cfg)*v/top[dtype] for k,v in train.items()},
-        prefill={k: (work(cfg)-head+head/T)*v/top[dtype] for k,v in prefill.items()},
-        decoding={k: token_bytes(cfg, prompt+tokens//2, 2 if bf16 else 4)*v/max(top['copy'], top['read']) for k,v in decode.items()})
-    res = dict(preset=preset, dtype=dtype, batch_size=batch_size, context=T, hardware=hardware(device), torch=torch.__version__, repeats=repeats,
+    share = dict(training={k: 3*work(mtp if 'MTP' in k else cfg)*v/top[precision] for k,v in train.items()},
+        prefill={k: (work(cfg)-head+head/T)*v/top[precision] for k,v in prefill.items()},
+        decoding={k: token_bytes(cfg, prompt+max_new_tokens//2, 2 if bf16 else 4)*v/max(top['copy'], top['read']) for k,v in decode.items()})
+    res = dict(preset=preset, dtype=precision, batch_size=batch_size, context=T, hardware=hardware(device), torch=torch.__version__, repeats=repeats,
         ceilings={k: round(v/1e9, 1) for k,v in top.items()}, losses=losses, training=train, prefill=prefill, decoding=decode, memory=memory,
         share={k: {n: round(x, 3) for n,x in v.items()} for k,v in share.items()})
-    if profile: res['profile'] = profile_step(preset, device, *size, dtype, repeats)
+    if profile: res['profile'] = profile_step(preset, device, *size, precision, repeats)
     print(table(res))
     if out: add_to(out, res)
     return res
@@ -265,14 +270,28 @@ def table(
     return '\n'.join(lines)
 
 # %% ../nbs/18_bench.ipynb #aed5484c
+def read_entries(
+    path:str|Path,  # of a file that figures may be added to
+) -> list[dict]:    # none, where there is no file yet
+    "What a results file holds, or one line that says why none can be there: asked before hours are spent on figures"
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f'{path}: there is no folder {path.parent}; make it, or choose another file with --out')
+    if not path.exists(): return []
+    if not path.is_file(): raise IsADirectoryError(f'{path} is a folder: name a file with --out')
+    try: held = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError: held = None
+    if not (isinstance(held, list) and all(isinstance(r, dict) for r in held)):
+        raise ValueError(f'{path} holds no list of figures: choose another file with --out')
+    return held
+
 def add_to(
     path:str|Path,  # a JSON list; made if needed
     res:dict,       # from `bench`, or any other figures
     same:tuple=('preset', 'dtype', 'batch_size', 'context', 'hardware'),   # what makes two entries of one kind
 ):
     "Add figures to a file, in place of older ones of the same kind"
-    path,kind = Path(path),lambda r: [r[k] for k in same]
-    old = json.loads(path.read_text()) if path.exists() else []
+    path,kind = Path(path),lambda r: [r.get(k) for k in same]
+    old = read_entries(path)
     path.write_text(json.dumps([r for r in old if kind(r)!=kind(res)]+[res], indent=1)+'\n')
 
 # %% ../nbs/18_bench.ipynb #664d0703

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'trainer_state', 'load_trainer_state', 'sync', 'atomic_folder', 'write_json', 'checkpoints', 'link',
-           'save_checkpoint', 'prune', 'noting_signals', 'Stopped', 'Claim', 'read_run', 'read_state', 'read_metrics',
-           'drop_metrics']
+           'take_marks', 'generation_config', 'save_checkpoint', 'prune', 'noting_signals', 'Stopped', 'Claim',
+           'read_run', 'read_state', 'read_metrics', 'drop_metrics']
 
 # %% ../nbs/15_checkpoint.ipynb #7e06b556
 import json, os, shutil, signal, threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from .data import first_line
+from .data import MARKS, first_line
 from .model import Whale
 from .optim import spread_as, whole
 from .parallel import rank
@@ -106,6 +107,25 @@ def link(
     os.replace(tmp, dst)
     tmp.unlink(missing_ok=True)   # where both were the same file already, replacing does nothing
 
+# %% ../nbs/15_checkpoint.ipynb #5e0c7a31
+def take_marks(
+    whale:Whale,   # the model; its config is changed
+    tok,           # its tokenizer
+):
+    "Let a model begin, end and fill its texts with the tokenizer's marks"
+    marks = {m: getattr(tok, m) for m in MARKS}
+    ends = whale.cfg.eos_token_id
+    if isinstance(ends, tuple) and tok.eos_token_id in ends: marks['eos_token_id'] = ends
+    whale.cfg = replace(whale.cfg, **marks)
+
+def generation_config(
+    whale:Whale,   # the model
+    **sampling,    # how it is to choose tokens
+) -> dict:
+    "What generation_config.json holds: the model's marks, and how to choose tokens"
+    marks = {m: getattr(whale.cfg, m) for m in MARKS}
+    return {k: v for k,v in marks.items() if v is not None}|sampling
+
 # %% ../nbs/15_checkpoint.ipynb #65c4533a
 def save_checkpoint(
     out:Path,      # the run's folder
@@ -121,8 +141,7 @@ def save_checkpoint(
     def fill(f):
         Whale.from_state_dict(whale.cfg, weights).save_pretrained(f)
         tok.save_pretrained(f)
-        write_json(f/'generation_config.json', dict(bos_token_id=whale.cfg.bos_token_id, eos_token_id=whale.cfg.eos_token_id,
-            do_sample=True, temperature=0.7, top_k=40))
+        write_json(f/'generation_config.json', generation_config(whale, do_sample=True, temperature=0.7, top_k=40))
         (f/'trainer').mkdir()
         save_file(trainer, f/'trainer'/'optimizer.safetensors')
         write_json(f/'trainer'/'state.json', state)

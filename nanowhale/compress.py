@@ -82,7 +82,7 @@ def make_blocks(
     begin = 0 if starts is None else starts.gather(1, where)
     all_ends,owners = (ends, owner) if before is None else (torch.cat(pair, 1) for pair in zip(before, (ends, owner)))
     seen = all_ends[:,None]<=pos[:,None]
-    if docs is not None: seen = seen & (owners[:,None]==docs[...,None])
+    if docs is not None: seen = seen & (owners[:,None]==docs[...,None]) & (docs>=0)[...,None]
     rope = far_rope(cfg, torch.where(ends==NEVER, 0, ends-rate+1))
     return Blocks(window, ends, ends-begin<2*rate-1, rope, seen, losses, sparse), (all_ends, owners)
 

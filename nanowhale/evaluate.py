@@ -71,4 +71,4 @@ def evaluate(
     if not tokens: raise ValueError('rows: no token has a predecessor in its document, so there is nothing to predict')
     return dict(loss=nats/tokens, mtp_loss=mtp_nats/mtp_tokens if mtp_tokens else None,
         bits_per_byte=None if n_bytes is None else bits_per_byte(nats, n_bytes), accuracy=right/tokens,
-        entropy=expected/tokens, expert_load=(load/load.sum(-1, keepdim=True)).tolist(), tokens=tokens)
+        entropy=expected/tokens, expert_load=(load/load.sum(-1, keepdim=True).clamp(min=1)).tolist(), tokens=tokens)

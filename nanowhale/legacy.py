@@ -8,10 +8,11 @@ __all__ = ['MARK', 'PERMUTED', 'NO_SINK', 'NO_CLAMP', 'IGNORED', 'is_legacy', 'p
 
 # %% ../nbs/08_weights_legacy.ipynb #38cf6af7
 import torch
+from dataclasses import replace
 from pathlib import Path
 from torch import Tensor
 from .config import WhaleConfig, reject
-from .weights import check_types, find_folder, read_config, read_weights, translate
+from .weights import check_types, find_folder, read_config, read_json, read_weights, translate
 
 # %% ../nbs/08_weights_legacy.ipynb #253c548f
 MARK = '.shared_expert.'      # V4's own files say shared_experts
@@ -96,5 +97,9 @@ def read_model(
     old = is_legacy(state)
     try: cfg = WhaleConfig.from_hf(legacy_config(config) if old else config)
     except ValueError as e: raise ValueError(f'{folder/"config.json"}: {e}') from None
+    path = folder/'generation_config.json'
+    ends = read_json(path).get('eos_token_id') if path.is_file() else None
+    try: cfg = cfg if ends is None else replace(cfg, eos_token_id=ends)
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
     state = legacy_weights(state, cfg, str(folder)) if old else translate(state, str(folder))
     return cfg, check_types(state, str(folder))

@@ -230,9 +230,9 @@ class WhaleOutput:
     head: nn.Module|None = field(default=None, repr=False)   # the head that reads it
     loss: Tensor|None = None          # [] main cross-entropy in nats per label; needs labels
     mtp_loss: Tensor|None = None      # [] cross-entropy of the token after next; needs labels and an MTP block
-    indexer_loss: Tensor|None = None  # [] divergence of the indexers' choices, mean over CSA layers; needs labels, CSA and gradients
+    indexer_loss: Tensor|None = None  # [] divergence of the indexers' choices, mean over queries that saw an entry, and CSA layers; needs gradients
     balance_loss: Tensor|None = None  # [] sequence-wise balance losses, summed over the blocks
-    expert_load: Tensor|None = None   # [blocks,E] tokens that went to each expert; the MTP block comes last, if it ran
+    expert_load: Tensor|None = None   # [blocks,E] tokens, padding left out, that went to each expert; last the MTP block's targets, if it ran
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
     @cached_property
@@ -267,14 +267,18 @@ class Whale(Portable, nn.Module):
         e = self.model.embed_tokens(input_ids)
         X,routings = self.model(e, seen, cache.layers if cache else [None]*len(self.model.layers), input_ids)
         hidden,loss,mtp_loss = self.model.norm(self.model.hc_head(X)),None,None
+        counted = [None if docs is None else docs>=0]*len(routings)      # of each block, the tokens that its experts are judged by
         if labels is not None:
             loss = head_loss(hidden, self.lm_head.weight, shift_labels(labels, 1, docs))
             for block in self.mtp:
                 h,routing = block(X, next_embeddings(e, docs), *seen[SWA])
-                mtp_loss = head_loss(h, self.lm_head.weight, shift_labels(labels, 2, docs))
+                later = shift_labels(labels, 2, docs)
+                mtp_loss = head_loss(h, self.lm_head.weight, later)
                 routings.append(routing)
+                counted.append(later!=-100)
         indexer_loss = torch.stack(losses).mean() if losses else None
-        balance_loss,load = torch.stack([r.balance_loss for r in routings]).sum(),torch.stack([r.load for r in routings])
+        balance_loss = torch.stack([r.balance_loss(c) for r,c in zip(routings, counted)]).sum()
+        load = torch.stack([r.load(c) for r,c in zip(routings, counted)])
         # the output is made last: a compiler may lose what is set on an object after a fused kernel, if something was set on it before
         return WhaleOutput(hidden, self.lm_head, loss, mtp_loss, indexer_loss, balance_loss, load, X)
 

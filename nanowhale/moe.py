@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'sqrt_softplus', 'gate_weights', 'route', 'swiglu', 'expert_load', 'fill', 'one_by_one', 'grouped',
-           'in_bf16', 'job_by_job', 'dispatch', 'bias_step', 'balance_loss', 'Router', 'hash_table', 'HashRouter',
-           'Experts', 'SharedExpert', 'Routing', 'MoE']
+           'in_bf16', 'job_by_job', 'dispatch', 'bias_step', 'token_mean', 'balance_loss', 'Router', 'hash_table',
+           'HashRouter', 'Experts', 'SharedExpert', 'Routing', 'MoE', 'max_vio']
 
 # %% ../nbs/04_moe.ipynb #adc3276e
 import math, torch, torch.nn.functional as F
@@ -59,10 +59,12 @@ def swiglu(
 def expert_load(
     idx:Tensor, # [...,k] chosen experts
     E:int,      # number of experts
+    counted:Tensor|None=None, # [...] True for tokens that count; None: all do
 )->Tensor:      # [E] whole numbers
     "How many tokens chose each expert"
     jobs = idx.flatten()
-    return jobs.new_zeros(E).scatter_add(0, jobs, torch.ones_like(jobs))
+    ones = torch.ones_like(jobs) if counted is None else counted[...,None].expand_as(idx).flatten().to(jobs)
+    return jobs.new_zeros(E).scatter_add(0, jobs, ones)
 
 # %% ../nbs/04_moe.ipynb #f6fa2cb8
 def fill(
@@ -148,14 +150,24 @@ def bias_step(
     return bias + speed*torch.sign(load.mean(-1, keepdim=True)-load)
 
 # %% ../nbs/04_moe.ipynb #e3547b63
+def token_mean(
+    x:Tensor,             # [B,T,E]
+    counted:Tensor|None,  # [B,T] True for tokens that count; None: all do
+)->Tensor:                # [B,E]; zeros where none counts
+    "Mean over the tokens of each sequence"
+    if counted is None: return x.mean(1)
+    w = counted[...,None].to(x)
+    return (x*w).sum(1)/w.sum(1).clamp(min=1)
+
 def balance_loss(
     scores:Tensor, # [B,T,E] plain scores
     idx:Tensor,    # [B,T,k] chosen experts
+    counted:Tensor|None=None, # [B,T] True for tokens that count; None: all do
 )->Tensor:         # a number, the mean over the B sequences
     "Sequence-wise balance loss (V3 equations 17-20): 1 at perfect balance, up to E/k when k experts get everything"
     E,k = scores.shape[-1],idx.shape[-1]
-    f = torch.zeros_like(scores).scatter(-1, idx, 1.).mean(1)*E/k
-    P = (scores/(scores.sum(-1, keepdim=True)+1e-20)).mean(1)
+    f = token_mean(torch.zeros_like(scores).scatter(-1, idx, 1.), counted)*E/k
+    P = token_mean(scores/(scores.sum(-1, keepdim=True)+1e-20), counted)
     return (f*P).sum(-1).mean()
 
 # %% ../nbs/04_moe.ipynb #a3780b2f
@@ -246,8 +258,20 @@ class SharedExpert(nn.Module):
 # %% ../nbs/04_moe.ipynb #2e597cf3
 class Routing(NamedTuple):
     "What a mixture of experts reports beside its output"
-    load: Tensor          # [E] tokens that chose each expert
-    balance_loss: Tensor  # a number, with a gradient
+    scores: Tensor  # [B,T,E] plain scores, with a gradient
+    idx: Tensor     # [B,T,k] chosen experts
+
+    def load(self,
+        counted:Tensor|None=None, # [B,T] True for tokens that count; None: all do
+    )->Tensor:                    # [E]
+        "How many of these tokens chose each expert"
+        return expert_load(self.idx, self.scores.shape[-1], counted)
+
+    def balance_loss(self,
+        counted:Tensor|None=None, # as in `load`
+    )->Tensor:                    # a number
+        "The balance loss of these tokens"
+        return balance_loss(self.scores, self.idx, counted)
 
 class MoE(nn.Module):
     "V4's mixture of experts: k routed experts per token and the shared one"
@@ -264,4 +288,13 @@ class MoE(nn.Module):
     )->tuple:     # output [B,T,D], Routing
         scores,idx,w = self.gate(x, ids) if isinstance(self.gate, HashRouter) else self.gate(x)
         y = self.experts(x.flatten(0,1), idx.flatten(0,1), w.flatten(0,1)).view_as(x)
-        return y+self.shared_experts(x), Routing(expert_load(idx, scores.shape[-1]), balance_loss(scores, idx))
+        return y+self.shared_experts(x), Routing(scores, idx)
+
+# %% ../nbs/04_moe.ipynb #5f0a9c34
+def max_vio(
+    load:Tensor, # [...,E] jobs of each expert, or their shares
+)->Tensor:       # [...]
+    "By how much the busiest expert exceeds the mean load, in mean loads; 0 where there was nothing to do"
+    load = upcast(load)
+    mean = load.mean(-1)
+    return (load.amax(-1)-mean)/mean.where(mean>0, 1)

@@ -9,7 +9,7 @@ __all__ = ['residual', 'verify', 'Drafter', 'distributions', 'speculate']
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .model import Cache, geometry
-from .generate import Rows, draw, evaluating, warp, _check, _check_rules, _finite
+from .generate import Rows, draw, evaluating, warp, check_rules, whole_number, _check, _finite
 
 # %% ../nbs/13_speculate.ipynb #cb3d7a6f
 def residual(
@@ -99,7 +99,7 @@ def speculate(
     top_p:float=None,                  # choose among the likeliest that hold this probability
     min_p:float=None,                  # choose among the not much less likely
     repetition_penalty:float=1.0,      # above 1: fewer repeats; drafts count as seen
-    eos_token_id:int|list='config',    # id or ids that end a row; 'config': the config's; None: nothing ends it
+    eos_token_id='config',             # id or ids that end a row, as in `generate`
     attention_mask:Tensor=None,        # [B,T] 0 for padding on the left; see `left_pad`
     seed:int=None,                     # the same seed gives the same text, though not the text of `generate`
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
@@ -107,13 +107,12 @@ def speculate(
     on_round=None,                     # called after each pass of the trunk with the numbers of drafts and of drafts used
 ) -> Tensor:                           # [B,T+n]
     "`generate`, in fewer passes of the trunk: greedily the same text, else the same distribution"
-    rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    _check_rules(max_new_tokens, **rules)
-    _check(drafts>=1, f'drafts={drafts}: need 1 or more')
+    rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    drafts = whole_number('drafts', drafts, 1)
     with evaluating(whale):
         rows,cache,drafter = Rows(whale, input_ids, attention_mask, eos_token_id, on_token),Cache(whale.cfg, spare=drafts),Drafter(whale, drafts)
         if temperature==0: seed = 0   # leaves torch's global randomness alone
-        generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(int(seed))
         X,stop = None,rows.ids.shape[1]+max_new_tokens
         while (room := stop-rows.ids.shape[1]) and not rows.done.all():
             n = 0 if X is None else min(drafts, room-1)

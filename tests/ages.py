@@ -2,14 +2,17 @@
 
     python tests/ages.py --python 3.11 --bounds lowest --out results/ages.json
     python tests/ages.py --python python3.13 --bounds newest --pin torch==2.13.0 --out results/ages.json
+    python tests/ages.py --python 3.12 --bounds tested
+    python tests/ages.py --freeze         write the versions that are installed here into tested.txt
 
 A new environment in a temporary folder, of the Python asked for; the wheel of the last commit, with every requirement at
-its lowest bound or at the newest release that the bounds allow (`--pin` names others); `pip check`, `nanowhale --help` and the
-import of every module of the wheel, outside the checkout; then the quick tests of the commit, in one process. The row it adds to
-the file says what was installed, what passed and what did not. A bound of `lowest` that pip cannot install is no bound: raise it.
+its lowest bound, at the newest release that the bounds allow, or as in tested.txt (`--pin` names others); `pip check`,
+`nanowhale --help` and the import of every module of the wheel, outside the checkout; then the quick tests of the commit, in one
+process. The row it adds to the file says what was installed, what passed and what did not. A bound of `lowest` that pip cannot
+install is no bound: raise it.
 
-Left out are the tests that need npm or node, and the tools that no such test needs. Tools are the newest of their bounds: they
-are a contributor's, not a user's. For that reason `lowest` leaves out those that want a later fastcore too, and with them the
+Left out are the tests that need npm or node, and the tools that no such test needs. With `lowest` tools are the newest: they are
+a contributor's, not a user's. For that reason `lowest` leaves out those that want a later fastcore too, and with them the
 tests of the export (tests/test_project.py). Where `--minutes` are too few, the files of `FIRST` have run, which meet other people's
 code most, and the row says how many tests there were. torch takes up to 7 GB on a disk; the environment is deleted at the end, but
 for one that `--venv` names: it is kept, and used again by the next call.
@@ -17,15 +20,28 @@ for one that `--venv` names: it is kept, and used again by the next call.
 import argparse, json, os, re, shutil, signal, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as ET
 from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 from runs import ROOT, provenance
 
 FIRST = [f'test_{n}.py' for n in 'golden data weights parity config optim linear legacy model generate hub cli checkpoint train chat stream'.split()]
 LEFT_OUT = ('test_site.py', 'test_explorers.py')
-NO_TOOL = dict(newest=('jupyter', 'ruff'), lowest=('jupyter', 'ruff', 'nbdev', 'execnb', 'ghapi'))
+NO_TOOL = dict(newest=('jupyter', 'ruff'), tested=('jupyter', 'ruff'), lowest=('jupyter', 'ruff', 'nbdev', 'execnb'))
+TESTED = 'tested.txt'
 
 def name(r): return re.match(r'[\w-]+', r)[0]
 def lowest(r): return f'{name(r)}=={re.search(r">=([^,]+)", r)[1]}'
+
+def constraints(args, need, folder):
+    "Lines that pip obeys: what `--pin` says, and of all else what `--bounds` says"
+    rows = dict(lowest=[lowest(r) for r in need], newest=[], tested=(folder/TESTED).read_text().splitlines())[args.bounds]
+    pinned = [name(p) for p in args.pin]
+    return [*args.pin, *(r for r in rows if r and r[0]!='#' and name(r) not in pinned)]
+
+def freeze(path):
+    "Write the versions installed here into the lines of a constraints file; a build's own mark, as in 2.13.0+cpu, is left out"
+    def here(m): return f'{m[1]}=={version(m[1]).split("+")[0]}'
+    path.write_text(re.sub(r'^([\w.-]+)==[^\s;]+', here, path.read_text(), flags=re.M))
 
 def quiet(*cmd, log, **kw):
     "Run, with all that it says in a file; the exit code"
@@ -70,7 +86,7 @@ def age(args, home):
 
     start = time.time()
     tools = [r for r in cfg['dev_requirements'].split() if name(r) not in {*NO_TOOL[args.bounds], *map(name, need)}]
-    (home/'constraints.txt').write_text('\n'.join([*args.pin, *(lowest(r) for r in need if args.bounds=='lowest' and name(r) not in map(name, args.pin))])+'\n')
+    (home/'constraints.txt').write_text('\n'.join(constraints(args, need, copy))+'\n')
     fresh = not python.exists()
     if fresh and quiet(interpreter(args.python), '-m', 'venv', venv, log=log): raise SystemExit(log.read_text())
     pip = [python, '-m', 'pip', '-q']
@@ -110,7 +126,9 @@ print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n i
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--python', default=f'{sys.version_info[0]}.{sys.version_info[1]}', help='version, command or path of an interpreter')
-    p.add_argument('--bounds', choices=('lowest', 'newest'), required=True, help='which releases of the requirements')
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument('--bounds', choices=('lowest', 'newest', 'tested'), help='which releases of the requirements')
+    what.add_argument('--freeze', action='store_true', help=f'write what is installed here into {TESTED}')
     p.add_argument('--pin', nargs='*', default=[], metavar='NAME==VERSION', help='releases that differ from it')
     p.add_argument('--tests', nargs='*', help='test files, instead of the quick ones')
     p.add_argument('--minutes', type=float, default=60, help='the tests may take')
@@ -119,6 +137,7 @@ def main():
     p.add_argument('--out', type=Path, help='add the row to this file')
     p.add_argument('--log', type=Path, help='keep what pip and pytest said here')
     args = p.parse_args()
+    if args.freeze: return freeze(ROOT/TESTED)
     python = say(interpreter(args.python), '-c', 'import sys; print("%d.%d" % sys.version_info[:2])').stdout.strip()
     words = ['--python', python, '--bounds', args.bounds, *(['--pin', *args.pin] if args.pin else []), *(['--tests', *args.tests] if args.tests else [])]
     head = provenance(' '.join(['python tests/ages.py', *words]))

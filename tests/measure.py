@@ -3,6 +3,7 @@
     python tests/measure.py default                    `nanowhale train` as a new user types it                results/tiny.json
     python tests/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
     python tests/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
+    python tests/measure.py balance [--seeds 0 1 ...]  does every expert work? bias speeds and weights of the loss  results/balance.json
     python tests/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
     python tests/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
     python tests/measure.py products                   one matrix product, by several libraries                 results/products.json
@@ -96,6 +97,33 @@ def tune(args):
         hardware=runs[0]['hardware'])
     record('tuning', tables=earlier | {f'{args.recipe}: {args.field}': dict(command=' '.join(['tests/measure.py', *sys.argv[1:]]), **one)})
 
+def processor():
+    "The processor's name, where the system tells"
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.+)', info.read_text()) if info.exists() else None
+    return found and found[1]
+
+def pair(word): return tuple(map(float, word.split(',')))   # a speed and a weight, as typed
+
+def balance(args):
+    "The default run with other speeds of the bias and other weights of the balance loss; each run is kept as soon as it has ended"
+    path = ROOT/'results'/'balance.json'
+    runs = json.loads(path.read_text())['runs'] if path.exists() else []
+    where = dict(commit=provenance('')['commit'], processor=processor())
+    for seed in args.seeds:
+        for speed,weight in args.pairs:
+            key = dict(bias_speed=speed, balance_weight=weight, seed=seed)
+            if any(key.items()<=r.items() for r in runs): continue
+            with tempfile.TemporaryDirectory() as d:
+                out = Path(d)/'whale'
+                nanowhale('train', '--bias_speed', speed, '--balance_weight', weight, '--seed', seed, '--out', out)
+                end = lines(out/'metrics.jsonl')[-1]
+            load = [[round(share, 4) for share in block] for block in end['held_out_load']]
+            bpb = round(end['held_out_bits_per_byte'], 4)
+            runs.append(key | dict(held_out_bits_per_byte=bpb, held_out_load=load) | where)
+            record('balance', runs=runs)
+            print(runs[-1], flush=True)
+
 def products(args):
     "The six versions of 00_linear, and the rate at which one row's product reads its weights"
     import torch, torch.nn.functional as F
@@ -175,7 +203,7 @@ def benched(name, preset, sizes, repeats):
     path,head = ROOT/'results'/f'{name}.json',provenance(f'python tests/measure.py {name}')
     path.unlink(missing_ok=True)
     for dtype,B,T in sizes:
-        words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--dtype', dtype, '--repeats', repeats]
+        words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--precision', dtype, '--repeats', repeats]
         print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
     rows = json.loads(path.read_text())
     path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
@@ -329,6 +357,9 @@ if __name__=='__main__':
     a = sub.add_parser('recipes'); a.add_argument('--seeds', type=int, default=3); a.add_argument('--steps', type=int); a.set_defaults(f=recipes)
     a = sub.add_parser('tune'); a.add_argument('field'); a.add_argument('values', nargs='+'); a.add_argument('--recipe', default='whale')
     a.add_argument('--seeds', type=int, default=1); a.set_defaults(f=tune)
+    a = sub.add_parser('balance'); a.set_defaults(f=balance)
+    a.add_argument('--seeds', type=int, nargs='+', default=[0])
+    a.add_argument('--pairs', type=pair, nargs='+', help='SPEED,WEIGHT ...', default=[(s, w) for w in (1e-4, 1e-2, 1e-1) for s in (1e-3, 1e-2, 3e-2)])
     a = sub.add_parser('precision'); a.add_argument('--steps', type=int, default=1000); a.add_argument('--seed', type=int, default=0)
     a.set_defaults(f=precision)
     a = sub.add_parser('identity'); a.set_defaults(f=identity); a.add_argument('--model', help='folder of a trained run; none: the default run first')

@@ -18,10 +18,10 @@ from runs import ROOT, provenance
 TESTS = dict(   # module -> its tests, the quickest first
     config='config compress properties', linear='linear mla', rope='rope properties compress', mla='mla block properties', compress='compress properties',
     moe='moe properties', hyper='hyper properties bugs', block='block',
-    mtp='mtp bugs', weights='weights checkpoint', legacy='legacy', model='model bugs compress', data='data stream', stream='stream', optim='optim',
+    mtp='mtp bugs', weights='weights checkpoint', legacy='legacy', model='model bugs compress', data='data stream marks', stream='stream', optim='optim',
     parallel='parallel', generate='generate', graph='graph',
-    speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train step', step='step train bugs',
-    train='train checkpoint', chat='chat', hub='hub', cli='cli abuse')
+    speculate='speculative', evaluate='evaluate', checkpoint='checkpoint train step marks', step='step train bugs',
+    train='train checkpoint', chat='chat marks', hub='hub', cli='cli abuse')
 REST = 'bugs properties model compress block mtp weights parity generate step evaluate train speculative chat checkpoint'
 
 MUTANTS = [   # module, old text, new text
@@ -32,7 +32,7 @@ MUTANTS = [   # module, old text, new text
     ('config', '(c.index_head_dim,)*(attention==CSA),1+(attention==CSA)', '(c.index_head_dim,)*(attention==CSA),1'),
     ('config', '([HCA]*2+[HCA,CSA]*n)[:n]', '([HCA]*2+[CSA,HCA]*n)[:n]'),
     ('config', "dict(compress_rope_theta=far['rope_theta'])", "dict(compress_rope_theta=main['rope_theta'])"),
-    ('config', 'not 0<=getattr(c,f)<c.vocab_size', 'not 0<=getattr(c,f)<=c.vocab_size'),
+    ('config', 'not 0<=i<c.vocab_size', 'not 0<=i<=c.vocab_size'),
     ('rope', 'a*cos-b*sin, a*sin+b*cos', 'a*cos+b*sin, b*cos-a*sin'),
     ('rope', 'device=pos.device)/R)', 'device=pos.device)/(R+2))'),
     ('rope', 'for turns in (32, 1)', 'for turns in (16, 1)'),
@@ -116,7 +116,8 @@ MUTANTS = [   # module, old text, new text
     ('model', 'ends>=self.length-n', 'ends>self.length-n'),
     ('data', 'rows(doc, -1)', 'rows(doc, 0)'),
     ('data', '[tok.bos_token_id, *i, tok.eos_token_id]', '[tok.eos_token_id, *i, tok.bos_token_id]'),
-    ('data', 'else cut+2', 'else cut+1'),
+    ('data', 'else cut+2', 'else cut+1'), ('data', 'if not taken.isdisjoint(i)', 'if False'),
+    ('data', '(i!=tok.unk_token_id or word==tok.unk_token)', 'True'),
     ('data', 'n*context+1-len(ids)', 'n*context+1-len(ids)+context'),
     ('data', 'text.encode(errors=', 'text[:40].encode(errors='),
     ('stream', 'if not is_held_out(t, self.one_in)', 'if not is_held_out(t)'),
@@ -163,7 +164,7 @@ MUTANTS = [   # module, old text, new text
     ('checkpoint', 'fcntl.LOCK_EX|fcntl.LOCK_NB', 'fcntl.LOCK_SH|fcntl.LOCK_NB'),
     ('checkpoint', 'v.ndim and v.shape!=p.shape', 'False'),
     ('train', 'claim.take(self.out); free_folder(self.out)', 'claim.take(self.out)'),
-    ('checkpoint', '128+signum', '127+signum'),
+    ('checkpoint', '128+signum', '127+signum'), ('checkpoint', ' and tok.eos_token_id in ends', ''),
     ('step', 'falling = step>=max(', 'falling = step>max('),
     ('step', 'norm = math.hypot(*norms.values())', 'norm = sum(norms.values())'),
     ('step', "len(batch['docs'])/n)", "len(rows['docs'])/n)"),
@@ -174,7 +175,8 @@ MUTANTS = [   # module, old text, new text
     ('train', "skipped=s['skipped']+m['skipped']", "skipped=m['skipped']"),
     ('train', 'min(16, max(1, 2**28//(vocab_size*context)))', 'min(16, 2**28//(vocab_size*context))'),
     ('chat', 'labels.append(i if a>=start and', 'labels.append(i if a>start and'),
-    ('chat', 'head+messages[at:]', 'messages[at:]'),
+    ('chat', 'head+messages[at:]', 'messages[at:]'), ('chat', 'at += len(part)+len(stop)', 'at += len(part)'),
+    ('chat', 'stop.join(apart(tok, s))', 's'), ('chat', 'content=SIGN)]).split(SIGN)[0]', 'content=SIGN)]).split(SIGN)[1]'),
     ('chat', 'self.messages = self.first+self.messages[later[0]:]', 'self.messages = self.messages[later[0]:]'),
     ('hub', 'open_to_all = private and not', 'open_to_all = private and'),
     ('hub', 'Path(p).name if p', 'str(Path(p)) if p'),

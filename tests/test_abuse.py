@@ -203,10 +203,10 @@ def test_resuming_from_a_damaged_run(run, tmp_path, times, monkeypatch):
 
 OPTIONS = dict(   # command: options that it has, without those that would start real work
     generate=['--temperature', '--top-k', '--top_p', '--min-p', '--repetition-penalty', '--seed', '--drafts', '--speculative', '--device',
-        '--revision', '--tokens'],
-    eval=['--data', '--context', '--batch-size', '--field', '--documents', '--device'], info=['--preset', '--model'],
-    export=['--out', '--dtype', '--max-shard-size'],
-    chat=['--system', '--tokens', '--temperature', '--top-k', '--seed'],
+        '--revision', '--tokens', '--max-new-tokens'],
+    eval=['--data', '--context', '--batch-size', '--field', '--documents', '--device', '--model'], info=['--preset', '--model'],
+    export=['--out', '--dtype', '--max-shard-size', '--model', '--private'],
+    chat=['--system', '--max-new-tokens', '--temperature', '--top-k', '--seed'],
     train=['--preset', '--recipe', '--seed', '--device', '--lr', '--context', '--precision',
         '--data', '--field', '--tokenizer', '--init', '--chat', '--parallel', '--warmup', '--buffer', '--batch-size', '--accum', '--evals',
         '--keep'])

@@ -8,7 +8,7 @@ from nanowhale.graph import Decoder
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_all_of_it(dtype, tmp_path, capsys):
     out = tmp_path/'bench.json'
-    for _ in range(2): res = bench('tiny', 1, 32, dtype, tokens=3, repeats=1, device='cpu', profile=dtype=='fp32', out=out)
+    for _ in range(2): res = bench('tiny', 1, 32, dtype, max_new_tokens=3, repeats=1, device='cpu', profile=dtype=='fp32', out=out)
     assert json.loads(out.read_text())==[json.loads(json.dumps(res))]               # the second in place of the first
     assert capsys.readouterr().out.count(table(res))>=1
     names = {'nanowhale', 'transformers'}

@@ -204,7 +204,9 @@ def test_the_terminal_with_a_pipe(data, tmp_path):
 def test_bad_files_are_one_line(data, tmp_path, content, says):
     from nanowhale.cli import main
     path = tmp_path/'bad.jsonl'
-    path.write_text('\n'.join(content.replace('Hi', f'Hi {i}') for i in range(40) if content))
+    good = '{"messages": [{"role": "user", "content": "Hi %d"}, {"role": "assistant", "content": "Ho %d"}]}'
+    rows = [content.replace('Hi', f'Hi {i}') if 'Hi' in content else good % (i, i) for i in range(40) if content]
+    path.write_text('\n'.join([*rows, content]))
     with pytest.raises(ValueError, match=says): train(chat=str(path), init=str(data/'base'), out=str(tmp_path/'out'), steps=1)
     assert main(['train', '--chat', str(path), '--out', str(tmp_path/'no-init')])==1
 

@@ -1,12 +1,13 @@
 "`WhaleConfig` against transformers' `DeepseekV4Config`, its accounting against the real module, and every bad value refused"
 import json, random
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 import torch
 from transformers import AutoConfig, DeepseekV4Config
 from nanowhale.config import (BUILT, CSA, HCA, POSITIVE, PRESETS, SIZES, SWA, WhaleConfig, cache_bytes, count_flops, count_params,
     get_preset, layer_params, mean_keys, nanowhale_100m, rope_factor, tiny)
+from nanowhale.legacy import NO_CLAMP, legacy_config
 
 INTS = [f.name for f in fields(WhaleConfig) if f.type in (int, int|None)]
 FLOATS = [f.name for f in fields(WhaleConfig) if f.type in (float, float|None)]
@@ -118,7 +119,7 @@ BAD = [
     ('initializer_range', dict(initializer_range=-0.1), 'negative'),
     ('bos_token_id', dict(vocab_size=10, bos_token_id=10), 'vocab_size-1=9'),
     ('eos_token_id', dict(eos_token_id=-1), 'id from 0'),
-    ('eos_token_id', dict(eos_token_id=[1,2]), 'whole number'),
+    ('eos_token_id', dict(eos_token_id=[1,'2']), 'whole number'), ('eos_token_id', dict(vocab_size=10, eos_token_id=[1,10]), 'vocab_size-1=9'),
     ('pad_token_id', dict(vocab_size=10, pad_token_id=99), 'vocab_size-1=9'),
     ('layer_types', dict(num_hidden_layers=2, layer_types=['sliding_attention']), '2 entries, has 1'),
     ('layer_types', dict(layer_types='sliding_attention'), 'list'),
@@ -205,7 +206,44 @@ def real_counts(cfg):
 @pytest.mark.parametrize('cfg', [*(make() for make in PRESETS.values()), *map(some_config, range(12))])
 def test_counts_are_those_of_the_real_module(cfg): assert count_params(cfg)==real_counts(cfg)
 
-def test_the_card():
+# The table "Architecture" of the model card of HuggingFaceTB/nanowhale-100m-base; its "Head dim" is "96 (32 RoPE + 64 NoPE)"
+CARD = dict(
+    hidden_size=320, num_hidden_layers=8, num_attention_heads=8, head_dim=96, qk_rope_head_dim=32,
+    q_lora_rank=160, o_groups=2, o_lora_rank=80,
+    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=640, scoring_func='sqrtsoftplus',
+    hc_mult=4, hc_sinkhorn_iters=2, num_nextn_predict_layers=1, vocab_size=129_280, max_position_embeddings=2048)
+# What the card leaves open, from the training configuration that it links to (configs/main_100m.yaml of huggingface/nanowhale):
+# `compress_ratios` all 0 and `num_hash_layers` 0 are the two None, and special tokens are the defaults of its configuration class
+TRAINED = dict(
+    routed_scaling_factor=1.5, rope_theta=10_000.0, hc_eps=1e-6, rms_norm_eps=1e-6, initializer_range=0.02,
+    layer_types=None, mlp_layer_types=None, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+# Where this preset decides: its code ignores the window and sees all of the context; that run had no clamp (`swiglu_limit: 0`), and V4 has
+OURS = dict(sliding_window=2048, swiglu_limit=10.0, hc_transposed=False)
+# V4's own values of what a whale without compressed layers never reads
+IDLE = dict(
+    partial_rotary_factor=None, compress_rate_csa=4, compress_rate_hca=128, compress_rope_theta=160_000.0, yarn_factor=1.0,
+    yarn_context=65_536, index_n_heads=64, index_head_dim=128, index_topk=512)
+
+def test_the_preset_is_the_card():
+    "Every field of it, each from one place"
+    tables = (CARD, TRAINED, OURS, IDLE)
+    want = {k: v for table in tables for k,v in table.items()}
+    assert len(want)==sum(map(len, tables)) and set(want)=={f.name for f in fields(WhaleConfig)}
+    assert asdict(nanowhale_100m())==want
+
+def test_all_of_v4_keeps_the_cards_widths():
+    "`nanowhale_v4` differs in kinds of layers and what belongs to them, in the window and in V4's Sinkhorn rounds"
+    card = asdict(nanowhale_100m())
+    v4 = asdict(get_preset('nanowhale_v4'))
+    assert {k for k in card if card[k]!=v4[k]}=={'layer_types', 'mlp_layer_types', 'sliding_window', 'hc_sinkhorn_iters', 'yarn_factor',
+        'index_n_heads', 'index_head_dim', 'index_topk'}
+
+def test_a_checkpoint_of_that_run_has_the_presets_sizes():
+    "As its config.json reads, beside what is known of its code: no clamp, the transposed mix, the window ignored"
+    file = CARD | TRAINED | dict(swiglu_limit=0.0, sliding_window=128, num_hash_layers=0, compress_ratios=[0]*9)
+    assert WhaleConfig.from_hf(legacy_config(file))==replace(nanowhale_100m(), swiglu_limit=NO_CLAMP, hc_transposed=True)
+
+def test_what_the_card_counts():
     card = nanowhale_100m()
     assert sum(count_params(card).values())==114_033_628
     assert sum(count_params(replace(card, num_nextn_predict_layers=0)).values())==110_369_621

@@ -11,15 +11,15 @@ tokens read and taken back in between, and at once, by our full forward and by t
 rounding. `rounding` is how far our full forward in float32 lies from that in float64: some random weights amplify it beyond 1e-5, and
 then two float32 computations that add in another order may differ by as much. 1e-5 or four times it, if that is more, is allowed.
 """
-import argparse, copy, random
+import argparse, copy, random, re
 from dataclasses import replace
-import pytest, torch
+import numpy as np, pytest, torch
 from torch.testing import assert_close
 from transformers.generation import logits_process as hf_rules
 import nanowhale.generate as gen
 from nanowhale.config import WhaleConfig
 from nanowhale.data import train_tokenizer
-from nanowhale.generate import (TextStream, docs_of, draw, evaluating, generate, keep_min_p, keep_top_k, keep_top_p, left_pad,
+from nanowhale.generate import (Rows, TextStream, docs_of, draw, evaluating, generate, keep_min_p, keep_top_k, keep_top_p, left_pad,
     next_logits, penalize_repeats, scale_temperature, warp)
 from nanowhale.model import Cache, Whale
 from test_parity import no_downcast, pair, randomise, random_config
@@ -353,9 +353,17 @@ IDS3 = torch.tensor([[5,6,7]])
     (torch.tensor([[5,50]]), {}, 'outside the vocabulary'), (torch.tensor([[-1,5]]), {}, 'outside the vocabulary'),
     (torch.tensor([[-100,5]]), {}, 'outside the vocabulary'),
     (IDS3, dict(max_new_tokens=-1), 'max_new_tokens=-1'), (IDS3, dict(temperature=-.1), 'temperature=-0.1'),
-    (IDS3, dict(temperature=float('nan')), 'temperature=nan'), (IDS3, dict(top_k=0), 'top_k=0'), (IDS3, dict(top_p=0.), 'top_p=0.0'),
+    (IDS3, dict(temperature=float('nan')), 'temperature=nan'), (IDS3, dict(top_k=-1), 'top_k=-1'), (IDS3, dict(top_p=0.), 'top_p=0.0'),
     (IDS3, dict(top_p=1.1), 'top_p=1.1'), (IDS3, dict(min_p=-.1), 'min_p=-0.1'), (IDS3, dict(min_p=1.5), 'min_p=1.5'),
     (IDS3, dict(repetition_penalty=0.), 'repetition_penalty=0.0'),
+    (IDS3, dict(top_k=4.), 'top_k=4.0: need a whole number'), (IDS3, dict(top_k='4'), "top_k='4'"), (IDS3, dict(top_k=True), 'top_k=True'),
+    (IDS3, dict(top_k=torch.tensor([4,5])), 'top_k=tensor'), (IDS3, dict(max_new_tokens=2.5), 'max_new_tokens=2.5'),
+    (IDS3, dict(temperature='hot'), "temperature='hot'"), (IDS3, dict(temperature=None), 'temperature=None'),
+    (IDS3, dict(temperature=float('inf')), 'temperature=inf'), (IDS3, dict(top_p=[.5]), r'top_p=\[0.5\]'), (IDS3, dict(min_p='x'), "min_p='x'"),
+    (IDS3, dict(top_p=2), 'above 0 and at most 1'), (IDS3, dict(repetition_penalty=None), 'repetition_penalty=None'),
+    (IDS3, dict(seed=.5), 'seed=0.5'), (IDS3, dict(seed=2**64), 'seed=18446744073709551616'), (IDS3, dict(attention_mask=[[1,1,1]]), 'need a tensor'),
+    *((IDS3, dict(eos_token_id=e), f'eos_token_id={re.escape(says)}') for e,says in
+      ((1.5, '1.5'), ('7', "'7'"), ([4, None, 'x'], "'x'"), (torch.tensor([4.]), '4.0'), (np.array([.5]), '0.5'), (50, '50'), (-1, '-1'), (True, 'True'))),
     (IDS3, dict(attention_mask=torch.ones(1,2)), 'attention_mask: shape'),
     (IDS3, dict(attention_mask=torch.tensor([[1,1,0]])), 'pad on the left'),
     (IDS3, dict(attention_mask=torch.tensor([[1,0,1]])), 'pad on the left'),
@@ -364,6 +372,30 @@ IDS3 = torch.tensor([[5,6,7]])
 def test_bad_calls_get_one_clear_line(ids, kw, message):
     with pytest.raises(ValueError, match=message) as e: generate(a_whale(), ids, **{'max_new_tokens':2, **kw})
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('eos', [7, [7], (7, 9), {7}, range(7, 8), np.int64(7), [np.int32(7), 9], np.array(7), np.array([[7, 9]]),
+    torch.tensor(7), torch.tensor([9, 7]), torch.tensor([[7], [9]]), [torch.tensor(7), torch.tensor([9])]], ids=repr)
+def test_an_end_in_any_shape(eos):
+    "Ints, lists, numpy's and tensors of any rank: a row ends at 7, whichever way that was said, and nothing else changes"
+    whale,ids = a_whale(),torch.randint(10, 50, (3,4))
+    rows = Rows(whale, ids[:2], eos_token_id=eos)
+    rows.add(torch.tensor([7,3]))
+    assert rows.done.tolist()==[True,False] and {7}<=set(rows.ends)<={7,9} and all(type(i) is int for i in rows.ends)
+    plain = generate(whale, ids, 12, seed=0, eos_token_id=rows.ends)
+    assert generate(whale, ids, 12, seed=0, eos_token_id=eos).equal(plain)
+
+def test_numbers_in_any_coat():
+    "numpy's numbers and tensors of one give what Python's give"
+    whale,ids = a_whale(),torch.randint(2, 50, (2,4))
+    plain = generate(whale, ids, 6, temperature=.5, top_k=5, top_p=.9, min_p=.1, repetition_penalty=1.2, seed=3)
+    for whole,broken in ((np.int32, np.float32), (torch.tensor, torch.tensor)):
+        rules = {k: broken(v) for k,v in dict(temperature=.5, top_p=.9, min_p=.1, repetition_penalty=1.2).items()}
+        assert generate(whale, ids, whole(6), top_k=whole(5), seed=whole(3), **rules).equal(plain)
+
+def test_no_limit_has_two_names():
+    "`top_k` 0 and None, as in transformers"
+    whale,ids = a_whale(),torch.randint(2, 50, (2,4))
+    assert generate(whale, ids, 6, seed=0, top_k=0).equal(generate(whale, ids, 6, seed=0))
 
 @pytest.mark.parametrize('temperature', [0, 1])
 def test_broken_weights_are_named(temperature):

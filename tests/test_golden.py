@@ -27,6 +27,7 @@ from nanowhale.data import load_tokenizer, train_tokenizer
 from nanowhale.model import Whale
 from nanowhale.optim import make_optimizers
 from nanowhale.step import get_recipe, train_step
+import ages
 from runs import ROOT, jsonl, provenance, texts
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -152,7 +153,7 @@ def old(tmp_path, monkeypatch):
 
 def test_an_old_checkpoint_computes_the_same(old):
     whale = Whale.from_pretrained(old/'checkpoints'/STEP)
-    assert whale.cfg==minnow() and probe(whale)==pytest.approx(golden()['logits'], abs=TOLERANCE)
+    assert whale.cfg==replace(minnow(), pad_token_id=1) and probe(whale)==pytest.approx(golden()['logits'], abs=TOLERANCE)
 
 def test_an_old_tokenizer_reads_the_same(old):
     tok = load_tokenizer(old/'checkpoints'/STEP)
@@ -187,15 +188,43 @@ def settings():
     ini.read(ROOT/'settings.ini', encoding='utf-8')
     return ini['DEFAULT']
 
+def parsed(lines): return [pytest.importorskip('packaging.requirements').Requirement(r) for r in lines]
+def requirements(key): return parsed(settings()[key].split())
+
+ALL = ('requirements', 'dev_requirements', 'docs_requirements')
+
 def test_what_is_installed_is_within_the_bounds():
-    requirements = pytest.importorskip('packaging.requirements')
-    for r in map(requirements.Requirement, settings()['requirements'].split()):
+    for r in requirements('requirements'):
         assert r.specifier.contains(version(r.name), prereleases=True), f'{r}, but {version(r.name)} is here'
         assert any(s.operator=='>=' for s in r.specifier), f'{r} has no lower bound'
 
+def test_an_upper_bound_stands_where_something_breaks():
+    "What that is stands above it in settings.ini. A bound for caution would take a user's own newer torch away"
+    upper = {r.name for key in ALL for r in requirements(key) for s in r.specifier if s.operator!='>='}
+    assert upper=={'fastcore', 'nbdev', 'execnb'}
+
+def test_tested_versions_are_within_the_bounds():
+    "tested.txt has one line for each requirement of any kind, with a release that settings.ini allows"
+    rows = parsed(r for r in (ROOT/'tested.txt').read_text().splitlines() if r and r[0]!='#')
+    tested = {r.name.lower(): r for r in rows}
+    assert len(tested)==len(rows)
+    for r in rows:
+        assert [s.operator for s in r.specifier]==['=='] and str(r.marker or '') in ('', 'python_version >= "3.11"'), r
+    for r in (r for key in ALL for r in requirements(key)):
+        pinned = next(iter(tested[r.name.lower()].specifier)).version
+        assert r.specifier.contains(pinned), f'{r}, but tested.txt has {pinned}'
+
+def test_freeze_writes_what_is_installed(tmp_path):
+    "Into the lines there are, conditions kept; remarks stay"
+    path = tmp_path/'tested.txt'
+    path.write_text('# torch==1 is old\ntorch==1\nnumpy==1; python_version >= "3.11"\n')
+    ages.freeze(path)
+    torch_version = torch.__version__.split('+')[0]
+    assert path.read_text()==f'# torch==1 is old\ntorch=={torch_version}\nnumpy=={version("numpy")}; python_version >= "3.11"\n'
+
 def test_every_import_is_required():
-    "numpy comes with transformers"
-    known = {re.match(r'[\w-]+', r)[0] for r in settings()['requirements'].split()}|{'numpy', 'nanowhale'}|set(sys.stdlib_module_names)
+    "numpy comes with transformers, fsspec and pyarrow with datasets"
+    known = {re.match(r'[\w-]+', r)[0] for r in settings()['requirements'].split()}|{'numpy', 'fsspec', 'pyarrow', 'nanowhale'}|set(sys.stdlib_module_names)
     for path in sorted((ROOT/'nanowhale').glob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             outside = isinstance(node, ast.ImportFrom) and not node.level

@@ -170,7 +170,9 @@ def test_training_steps_of_a_compiled_whale():
             rows = dict(input_ids=torch.randint(97, (4,21), generator=draw), docs=(torch.arange(21)>13).long().expand(4, -1).contiguous())
             yield train_step(net, whale, opts, rows, recipe, step)
     for got,want in zip(run(True), run(False)):
-        assert got.keys()==want.keys() and got['expert_load']==want['expert_load']
+        assert got.keys()==want.keys()
+        moved = torch.tensor(got['expert_load'])-torch.tensor(want['expert_load'])
+        assert moved.abs().sum()<=4, moved                                # rounding may turn a choice that was nearly a tie
         for k in ('loss', 'mtp_loss', 'balance_loss', 'grad_norm', 'comb_logit', 'column_error'): assert got[k]==pytest.approx(want[k], rel=2e-3), k
 
 @pytest.mark.slow

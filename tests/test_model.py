@@ -3,7 +3,7 @@ import json, random
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
@@ -285,6 +285,26 @@ def test_router_bias():
     for (n,b),x in zip(whale.named_buffers(), load):   # trunk first, the MTP block last, as in `expert_load`
         assert_close(b-before[n], 0.25*torch.sign(x.float().mean()-x))
     with pytest.raises(ValueError, match='expert_load: 2 rows for 3 blocks'): whale.update_router_bias(load[:2])
+
+def test_only_real_tokens_count_in_load_and_balance():
+    "Padding on either side changes neither; the MTP block counts the positions that have a target"
+    torch.manual_seed(0)
+    whale,ids = Whale(small()),random_ids(3, 9)
+    pad = lambda x, value: F.pad(x, (4, 5), value=value)
+    bare,padded = whale(ids, labels=ids),whale(pad(ids, 7), labels=pad(ids, 7), docs=pad(torch.zeros_like(ids), -1))
+    assert_close(padded.expert_load, bare.expert_load); assert_close(padded.balance_loss, bare.balance_loss)
+    assert bare.expert_load.sum(1).tolist()==[3*9*2, 3*9*2, 3*7*2]
+    labels = ids.masked_fill(torch.arange(9)<6, -100)
+    assert whale(ids, labels=labels).expert_load.sum(1).tolist()==[3*9*2, 3*9*2, 3*3*2]
+
+def test_a_row_of_padding_has_no_balance():
+    torch.manual_seed(0)
+    whale,ids = Whale(small()),random_ids(2, 9)
+    docs = torch.tensor([0, -1])[:,None].expand_as(ids)
+    both,alone = whale(ids, labels=ids, docs=docs),whale(ids[:1], labels=ids[:1])
+    assert_close(both.expert_load, alone.expert_load); assert_close(both.balance_loss, alone.balance_loss/2)   # a mean over rows
+    both.balance_loss.backward()
+    assert all(p.grad.isfinite().all() for p in whale.parameters() if p.grad is not None)
 
 def test_router_bias_balances():
     whale,ids = random_whale(),random_ids(8, 16)

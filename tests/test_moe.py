@@ -4,7 +4,7 @@ import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
 from nanowhale import moe as M
 from nanowhale.config import WhaleConfig, nanowhale_100m, count_params, count_flops
-from nanowhale.moe import MoE, SCORES, balance_loss, bias_step, dispatch, expert_load, route, sqrt_softplus, swiglu
+from nanowhale.moe import MoE, SCORES, balance_loss, bias_step, dispatch, expert_load, max_vio, route, sqrt_softplus, swiglu
 from test_parity import no_downcast
 
 BIAS = 'gate.e_score_correction_bias'
@@ -150,7 +150,7 @@ def test_gradcheck():
     names,params = zip(*m.named_parameters())
     def f(x, *p):
         y,r = torch.func.functional_call(m, dict(zip(names, p)), (x,))
-        return y,r.balance_loss
+        return y,r.balance_loss()
     assert torch.autograd.gradcheck(f, (torch.randn(2,3,5).double().requires_grad_(), *params))
 
 # ---------------------------------------------------------------- properties
@@ -162,7 +162,7 @@ def test_order_of_experts_does_not_matter():
     with torch.no_grad():
         for v in (m.gate.weight, m.gate.e_score_correction_bias, m.experts.gate_up_proj, m.experts.down_proj): v.copy_(v[p].clone())
     y2,r2 = m(x)
-    assert_close(y2, y); assert_close(r2.load, r.load[p]); assert_close(r2.balance_loss, r.balance_loss)
+    assert_close(y2, y); assert_close(r2.load(), r.load()[p]); assert_close(r2.balance_loss(), r.balance_loss())
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_tokens_do_not_see_their_batch_mates(dtype):
@@ -193,8 +193,8 @@ def test_always_finite(score, dtype, size):
     for E,k,B,T in ((1,1,2,3), (5,5,2,3), (5,2,1,1), (5,2,3,4)):
         m,x = fill(MoE(config(6, 4, E, k, scoring_func=score))).to(dtype),size*torch.randn(B,T,6)
         y,r = m(x.to(dtype))
-        assert y.dtype==dtype and y.isfinite().all() and r.load.sum()==B*T*k
-        (upcast_mean(y)+r.balance_loss).backward()
+        assert y.dtype==dtype and y.isfinite().all() and r.load().sum()==B*T*k
+        (upcast_mean(y)+r.balance_loss()).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
 
 def upcast_mean(y): return y.to(torch.promote_types(y.dtype, torch.float32)).square().mean()
@@ -204,7 +204,7 @@ def test_expert_without_tokens_gets_a_gradient_of_zeros():
     m = fill(MoE(config()))
     m.gate.e_score_correction_bias[2] = -1e9
     y,r = m(torch.randn(2,5,8))
-    assert r.load[2]==0
+    assert r.load()[2]==0
     y.square().sum().backward()
     for p in (m.experts.gate_up_proj, m.experts.down_proj): assert (p.grad[2]==0).all() and p.grad.isfinite().all() and p.grad.abs().sum()>0
 
@@ -249,8 +249,8 @@ def test_extreme_logits_leave_finite_gradients(dtype, logit):
     m = MoE(config(1, 2, 3, 2)).to(dtype)
     with torch.no_grad(): m.gate.weight.copy_(torch.tensor([[logit],[logit],[0.]]))
     y,r = m(torch.ones(1,2,1, dtype=dtype))
-    (y.float().sum()+r.balance_loss).backward()
-    assert m.gate.weight.grad.isfinite().all() and r.balance_loss.isfinite()
+    (y.float().sum()+r.balance_loss()).backward()
+    assert m.gate.weight.grad.isfinite().all() and r.balance_loss().isfinite()
 
 def test_plain_formula_would_lose_the_router(monkeypatch):
     monkeypatch.setitem(M.SCORES, 'sqrtsoftplus', lambda z: F.softplus(z).sqrt())
@@ -322,6 +322,26 @@ def test_balance_loss_is_a_mean_over_sequences_and_teaches():
     g, = torch.autograd.grad(L, z)
     assert g[...,-1].mean()>0>g[...,0].mean()
 
+@pytest.mark.parametrize('seed', range(5))
+def test_tokens_that_do_not_count(seed):
+    "Load and balance loss are those of the counted tokens alone, wherever they stand; the others get no gradient"
+    torch.manual_seed(seed)
+    s,counted = torch.rand(3, 11, 5).double().requires_grad_(),torch.rand(3, 11)<0.6
+    counted[:,3] = True
+    idx = s.topk(2, -1).indices
+    alone = [(s[b][counted[b]][None], idx[b][counted[b]][None]) for b in range(3)]
+    L = balance_loss(s, idx, counted)
+    assert_close(L, torch.stack([balance_loss(*row) for row in alone]).mean())
+    assert torch.equal(expert_load(idx, 5, counted), sum(expert_load(i, 5) for _,i in alone))
+    g, = torch.autograd.grad(L, s)
+    assert (g[~counted]==0).all() and (g[counted]!=0).any()
+    assert balance_loss(s, idx, torch.zeros_like(counted))==0
+
+def test_max_vio():
+    "0 where all do as much, E/k-1 where k do everything, of each block"
+    load = torch.tensor([[6, 6, 6, 6], [12, 12, 0, 0], [24, 0, 0, 0], [0, 0, 0, 0], [9, 5, 5, 5]])
+    assert_close(max_vio(load), torch.tensor([0, 1, 3, 0, 0.5]))
+
 def test_balance_loss_alone_evens_the_load():
     torch.manual_seed(0)
     z = (torch.randn(2,64,5)*.3+torch.tensor([2.,1,0,0,0])).requires_grad_()
@@ -347,8 +367,8 @@ def test_bias_rule_cures_the_collapse(seed):
             y,r = m(x[None])
             loss = (y[0]-torch.einsum('nij,nj->ni', maps[c], x)).square().mean()
             opt.zero_grad(); loss.backward(); opt.step()
-            bias.copy_(bias_step(bias, r.load, speed))
-            if step>=150: load,losses = load+r.load,losses+loss.item()
+            bias.copy_(bias_step(bias, r.load(), speed))
+            if step>=150: load,losses = load+r.load(),losses+loss.item()
         return load/load.sum(),losses
     (off,loss_off),(on,loss_on) = train(0.),train(.02)
     assert off.min()<.05 and off.max()>.25 and on.min()>.1 and on.max()<.2 and loss_on<.9*loss_off   # even is a seventh

@@ -175,13 +175,16 @@ def check_streams(whale, ids):
 
 @torch.no_grad()
 def check_packing(whale, ids):
-    "Two documents in one row: the loss and the expert load of the two alone"
-    docs = (torch.arange(ids.shape[1])>=5).int()[None].expand(ids.shape)
+    "Two documents in one row: the loss and the expert load of the two alone, and the choices of every place, also where there is no target"
+    docs,chosen = (torch.arange(ids.shape[1])>=5).int()[None].expand(ids.shape),[]
+    hook = whale.mtp[0].register_forward_hook(lambda block, args, out: chosen.append(out[1].idx))
     parts = [whale(i, labels=i) for i in (ids[:,:5], ids[:,5:])]
     n = [3, ids.shape[1]-7]
     pack = whale(ids, labels=ids, docs=docs)
+    hook.remove()
     assert_close(pack.mtp_loss, sum(p.mtp_loss*k for p,k in zip(parts, n))/sum(n), atol=1e-5, rtol=1e-5)
     assert_close(pack.expert_load, sum(p.expert_load for p in parts))
+    assert torch.equal(chosen[2], torch.cat(chosen[:2], 1))
 
 CHECKS = [check_reach, check_label, check_streams, check_packing]
 

@@ -7,6 +7,10 @@
 Both models hold the same weights; norms, sinks, scales and the router's bias are random too, since ones and zeros hide
 mistakes. Errors are relative: of logits to the largest of them (or 1), of a gradient to the norm of that parameter's gradient.
 
+Layers that compress, whose indexer chooses entries, are compared in tests/test_compress.py. Entries with equal scores, which are common
+since ReLU makes many of them zero, are a set of which either program may take any; ours takes the later ones, and `later_of_equals`
+lends transformers that rule after it has seen that both choose the same but for equals.
+
 Every configuration is compared twice. In float64, with transformers' casts to float32 held back and rotation tables in float64:
 that is the mathematics, and no processor's order of summation comes near its limits. And in float32, as it is used: each model
 against its own float64. How much rounding costs depends on the weights, so transformers' own cost is the measure of ours; where
@@ -87,6 +91,24 @@ def exactly():
     "Inside, float64 models of both kinds are mathematics: no cast to float32, and rotation tables in float64 from one formula"
     theirs = patch.object(DeepseekV4RotaryEmbedding, 'forward', their_angles)
     with no_downcast(), exact_angles(), theirs: yield
+
+@contextmanager
+def later_of_equals(met=None):
+    """Inside, `x.topk` takes the later of equals, as our `choose` does; the plain one promises nothing. What that took must be the same
+    but for equals: all above the least score taken, and of those at it as many as are left. `met` counts where it took other ones"""
+    plain = torch.Tensor.topk
+    def topk(x, k, dim=-1):
+        there = plain(x, k, dim=-1)
+        at = x.shape[-1]-1-x.flip(-1).sort(dim=-1, descending=True, stable=True).indices[...,:k]
+        values = x.gather(-1, at)
+        took = [torch.zeros_like(x).bool().scatter(-1, picks, True) for picks in (there.indices, at)]
+        above = x>values[...,-1:]
+        assert torch.equal(there.values, values) and torch.equal(took[0] & above, took[1] & above), 'not the k largest'
+        if met is not None: met.append((took[0]!=took[1]).any(-1).sum().item())
+        return torch.return_types.topk((values, at))
+    torch.Tensor.topk = topk
+    try: yield
+    finally: torch.Tensor.topk = plain
 
 def run(model, ids, labels):
     "Logits, loss, and every parameter's gradient of that loss"
@@ -175,7 +197,7 @@ def test_one_token():
 def test_far_positions_at_the_card_width():
     "Head and rotary widths of the 110M preset, 300 tokens, a window of 128, 2 Sinkhorn iterations"
     torch.manual_seed(0)
-    whale,hf = pair(small(head_dim=96, qk_rope_head_dim=64, sliding_window=128, hc_sinkhorn_iters=2))
+    whale,hf = pair(small(head_dim=96, qk_rope_head_dim=32, sliding_window=128, hc_sinkhorn_iters=2))
     ids = torch.randint(0, 31, (1, 300))
     same_logits(whale(ids).logits, hf(ids).logits)
 
@@ -221,7 +243,7 @@ def test_the_comparison_can_fail():
     whale.zero_grad()
     with torch.no_grad(): whale.model.layers[0].self_attn.sinks.add_(1e-2)
     with exactly(): logits,loss,grads = errors(run(whale, ids, ids), theirs)
-    assert logits>1e-5 and max(grads.values())>1e-4
+    assert logits>1e6*LIMITS['logits64'] and max(grads.values())>LIMITS['grads64']
 
 # ---------------------------------------------------------------- the table
 
@@ -231,8 +253,8 @@ def main():
     p.add_argument('--seed', type=int, default=0, help='seed of the first one (default: 0)')
     a = p.parse_args()
     rows = [compare_twice(s) for s in range(a.seed, a.seed+a.n)]
-    print(f'{a.n} configurations (seeds {a.seed} to {a.seed+a.n-1}), {sum(r["n_grads"] for r in rows)} gradients')
-    print(f'drawn again: {[r["seed"] for r in rows if r["again"]] or "none"}')
+    print(f'{a.n} configurations (seeds {a.seed} to {a.seed+a.n-1}), {sum(r["n_grads"] for r in rows)} gradients'
+        f'; drawn again: {[r["seed"] for r in rows if r["again"]] or "none"}')
     print(f'{"":10}{"allowed":>10}{"median":>10}{"worst":>10}  seed')
     for what,limit in LIMITS.items():
         rows.sort(key=lambda r: r[what])

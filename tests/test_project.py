@@ -98,9 +98,17 @@ def test_notebooks_leave_nothing_behind():
 def test_readme_regenerates_unchanged(): assert notebooks.write_readme(check=True)==0
 
 def test_readme_and_ci_agree_on_the_test_command():
-    command = "pip install -e '.[dev]' && nbdev_test && pytest -q -n 2 --dist loadfile tests"
+    command = "pip install -e '.[dev]' -c tested.txt && nbdev_test && pytest -q -n 2 --dist loadfile tests"
     assert command in (ROOT/'README.md').read_text(encoding='utf-8')
     assert (ROOT/'.ci/run').read_text(encoding='utf-8').strip().endswith(command)
+
+def test_all_install_the_tested_versions():
+    "But for the weekly workflow, which is there for the newest ones"
+    for place in ('README.md', 'CONTRIBUTING.md', '.ci/run', '.devcontainer/devcontainer.json', '.github/workflows/test.yml', '.github/workflows/docs.yml'):
+        text = (ROOT/place).read_text(encoding='utf-8')
+        installs = re.findall(r"pip install -e \S+(.*)", text)
+        assert installs and all(rest.startswith(' -c tested.txt') for rest in installs), place
+    assert '-c tested.txt' not in (ROOT/'.github/workflows/weekly.yml').read_text(encoding='utf-8')
 
 # ---------------------------------------------------------------- the wheel
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch.testing import assert_close
 from nanowhale import chat, compress, hyper, mla, moe, mtp, rope
 from nanowhale.config import CSA, HCA, SWA, WhaleConfig, count_params, mean_entries, mean_keys
-from nanowhale.data import is_held_out, pack, pieces, split_held_out, train_tokenizer
+from nanowhale.data import encode, is_held_out, pack, pieces, split_held_out, train_tokenizer
 from nanowhale.evaluate import entropy, evaluate
 from nanowhale.generate import draw, generate, left_pad, warp
 from nanowhale.legacy import pair_order, reorder
@@ -58,7 +58,8 @@ def test_shapes_and_counts(cfg, seed):
     out = whale(ids, labels=ids)
     assert out.logits.shape==(2,T,V) and out.streams.shape==(2,T,cfg.hc_mult,cfg.hidden_size) and out.loss.ndim==0
     assert out.expert_load.shape==(cfg.num_hidden_layers+len(whale.mtp), cfg.n_routed_experts)
-    assert (out.expert_load.sum(-1)==2*T*cfg.num_experts_per_tok).all()
+    tokens = [2*T]*cfg.num_hidden_layers+[2*(T-2)]*len(whale.mtp)        # the MTP block has no target for a row's last two
+    assert out.expert_load.sum(-1).tolist()==[n*cfg.num_experts_per_tok for n in tokens]
     assert whale.n_params()==sum(count_params(cfg).values())
 
 @examples(8)
@@ -336,7 +337,7 @@ TOK = train_tokenizer(['a whale sings, a whale dives'], 262)
 @examples(40)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=5))
 def test_no_text_is_unknown(texts):
-    for t in texts: assert TOK.decode(TOK.encode(t, add_special_tokens=False))==t or '<|' in t
+    assert [TOK.decode(ids[1:-1]) for ids in encode(TOK, texts)]==texts
     rows = pack_texts(TOK, texts, 8)
     assert (rows['input_ids']<len(TOK)).all()
 
@@ -345,7 +346,6 @@ def test_no_text_is_unknown(texts):
 def test_only_answers_are_targets(said):
     messages = [dict(role='assistant' if i%2 else 'user', content=s) for i,s in enumerate(said)]
     tok = chat.with_template(TOK)
-    if any('<|' in s for s in said): return
     ids,labels = chat.encode_chat(tok, messages)
     assert all(l in (-100, i) for i,l in zip(ids, labels))
     assert tok.decode([l for l in labels if l!=-100], skip_special_tokens=True)==''.join(m['content'].strip() for m in messages[1::2])

@@ -1,16 +1,16 @@
 """One step: half precision beside float32, what a skipped step leaves alone, and figures that add up"""
-import copy, inspect, math
+import copy, inspect, math, random
 from dataclasses import asdict, replace
 import pytest, torch
 from torch.testing import assert_close
 import nanowhale.step as S, nanowhale.train as T
 from nanowhale.checkpoint import load_trainer_state, trainer_state
-from nanowhale.config import tiny
+from nanowhale.config import tiny, tiny_v4
 from nanowhale.evaluate import evaluate
 from nanowhale.model import Whale
 from nanowhale.optim import make_optimizers
-from nanowhale.step import (CARD, RECIPES, Recipe, add_gradients, first_not_finite, get_recipe, gradient_norms, load_entropy, n_targets, part_of,
-    train_step)
+from nanowhale.step import (CARD, RECIPES, Recipe, add_gradients, first_not_finite, get_recipe, gradient_norms, load_balance, load_entropy, n_targets,
+    part_of, train_step)
 from runs import jsonl, metrics, texts
 
 def packed(n, T, V=300, seed=0):
@@ -84,6 +84,53 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_split():
     assert found[5][0].min()>0
     for size in (2, 1):
         for a,b in zip(found[size], found[5]): assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+def uneven(seed, n=6, T=26, V=40):
+    "Documents of all lengths, padding on either side, and tokens that are no targets"
+    g = torch.Generator().manual_seed(seed)
+    docs = (torch.rand(n, T+1, generator=g)<torch.rand(n, 1, generator=g)/2).cumsum(1)
+    docs[torch.arange(T+1)>=torch.randint(T//2, T+2, (n, 1), generator=g)] = -1
+    docs[0] = docs[0].flip(0)
+    ids = torch.randint(0, V, (n, T+1), generator=g)
+    return dict(input_ids=ids, docs=docs, labels=ids.masked_fill(torch.rand(n, T+1, generator=g)<0.3, -100))
+
+def one_step(rows, size, sparse=True):
+    "All four losses, load and gradient of a whale with all kinds of layers, in float64"
+    torch.manual_seed(0)
+    whale = Whale(replace(tiny_v4(40), hidden_size=24, moe_intermediate_size=16, index_topk=2, initializer_range=0.1)).double()
+    sums,load,_ = add_gradients(whale, rows, size, balance_weight=1., sparse=sparse)
+    return torch.stack(list(sums.values())), load, flat_grad(whale)
+
+def the_same(got, want):
+    for a,b in zip(got, want, strict=True): assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('seed', range(4))
+def test_no_loss_depends_on_a_random_split(seed, sparse):
+    "The rows of a step in any order, any number at a time"
+    rows,r = uneven(seed),random.Random(seed)
+    want = one_step(rows, 6, sparse)
+    assert len(want[0])==4 and want[0].min()>0
+    for size in (1, r.randint(2, 5)):
+        order = r.sample(range(6), 6)
+        the_same(one_step({k: v[order] for k,v in rows.items()}, size, sparse), want)
+
+@pytest.mark.parametrize('seed', range(2))
+def test_no_loss_depends_on_how_many_processes_share_a_step(seed, monkeypatch):
+    "Two of them, one after the other: each says what it counts, then both are told the sum"
+    rows = uneven(seed)
+    want = one_step(rows, 6)
+    monkeypatch.setattr(S, 'n_ranks', lambda: 2)
+    def process(rank, counted=None):
+        said = []
+        def total(t):
+            said.append(t)
+            return t if counted is None or len(said)>1 else counted
+        monkeypatch.setattr(S, 'total', total)
+        return one_step({k: v[rank::2] for k,v in rows.items()}, 2), said[0]
+    counted = sum(process(rank)[1] for rank in (0, 1))
+    losses,load,grads = (sum(parts) for parts in zip(*(process(rank, counted)[0] for rank in (0, 1))))
+    the_same((losses, load, grads/2), want)       # DDP averages gradients
 
 def test_each_optimizer_has_its_own_rate():
     recipe = Recipe(steps=4, batch_size=2, lr=1e-3, muon_lr=0.02)
@@ -218,6 +265,21 @@ def test_losses_are_means_over_the_targets_of_the_step():
 def test_load_entropy():
     assert abs(load_entropy(torch.ones(3, 4))-math.log(4))<1e-6
     assert load_entropy(torch.tensor([[5., 0, 0, 0]]))==0
+
+def test_a_block_without_a_target_is_no_collapsed_router():
+    "Rows of two tokens have nothing for the MTP block: its load is zero, and no figure is NaN or tells of idle experts"
+    recipe = Recipe(batch_size=4, context=1)
+    whale,opts = whale_and_opts(recipe)
+    m = train_step(whale, whale, opts, dict(input_ids=torch.randint(300, (4, 2)), docs=torch.zeros(4, 2).long()), recipe, 0)
+    assert sum(m['expert_load'][-1])==0 and not m['skipped']
+    assert all(math.isfinite(m[k]) for k in ('load_entropy', 'max_vio', 'smallest_share', 'busiest_share'))
+    assert_close(m['load_entropy'], load_entropy(torch.tensor(m['expert_load'][:-1])))
+    assert whale.mtp[0].mlp.gate.e_score_correction_bias.abs().max()==0
+
+def test_balance_of_the_worst_block():
+    load = torch.tensor([[5, 5, 5, 5], [8, 4, 0, 8], [10, 5, 4, 1]])
+    assert load_balance(load)==pytest.approx(dict(max_vio=1., smallest_share=0., busiest_share=0.5))
+    assert load_balance(load[:1])==pytest.approx(dict(max_vio=0., smallest_share=0.25, busiest_share=0.25))
 
 def test_evaluation_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)

@@ -95,10 +95,9 @@ def test_what_is_measured_is_what_was_kept_out(tmp_path):
         held,one_in = held_out_texts(str(tmp_path/'a.jsonl'))
         assert held and all(is_held_out(t, one_in) for t in held) and len(held)<n
 
-@pytest.mark.parametrize('kind', ['all held out', 'all the same', 'blank', 'one'])
+@pytest.mark.parametrize('kind', ['all the same', 'blank', 'one'])
 def test_a_source_with_nothing_to_train_on(tmp_path, kind):
-    rows = {'all held out': [t for t in texts(2000) if is_held_out(t)], 'all the same': ['the same text']*50, 'blank': ['', ' ', '\n\n'],
-            'one': ['Alone.']}[kind]
+    rows = {'all the same': ['the same text']*50, 'blank': ['', ' ', '\n\n'], 'one': ['Alone.']}[kind]
     path = tmp_path/'a.jsonl'
     path.write_text(jsonl(rows))
     with pytest.raises(ValueError, match='no document is left to train on|too little text|holds no text') as e:

@@ -12,6 +12,7 @@ from nanowhale.model import Whale
 from nanowhale.optim import make_optimizers
 from nanowhale.step import Recipe, add_gradients, train_step
 from nanowhale.stream import held_out_texts
+from nanowhale.train import as_cell
 
 def packed(n, T, V=60, seed=0):
     "Random rows with document boundaries and padding in unequal places"
@@ -95,10 +96,28 @@ def test_the_folder_is_complete(run):
     metrics = T.read_metrics(out/'metrics.jsonl')
     assert [m['step'] for m in metrics]==list(range(6)) and [i for i,m in enumerate(metrics) if 'held_out_loss' in m]==[1, 3, 5]
     assert {'loss', 'mtp_loss', 'balance_loss', 'lr', 'grad_norm', 'grad_norms', 'expert_load', 'load_entropy', 'comb_logit', 'column_error',
-            'tokens_per_second', 'memory', 'waited', 'skipped'}<=set(metrics[0])
+            'max_vio', 'smallest_share', 'busiest_share', 'tokens_per_second', 'memory', 'waited', 'skipped'}<=set(metrics[0])
     assert str(results['held-out bits per byte']) in (out/'README.md').read_text()
     assert json.loads((out/'results.json').read_text())==results
     assert (out/'model.safetensors').read_bytes()==(out/'checkpoints/step-00000006/model.safetensors').read_bytes()
+
+def test_how_evenly_experts_work_stands_in_metrics_report_and_card(run):
+    "MaxVio, smallest and largest share by their definitions, from the loads beside them; held-out in the report"
+    out,results = run
+    metrics = T.read_metrics(out/'metrics.jsonl')
+    def by_hand(load):
+        shares = [[n/sum(block) for n in block] for block in load]
+        return [max(s)*len(s)-1 for s in shares],min(map(min, shares)),max(map(max, shares))
+    for m in metrics:
+        vio,least,most = by_hand(m['expert_load'])
+        assert (m['max_vio'], m['smallest_share'], m['busiest_share'])==pytest.approx((max(vio), least, most))
+    vio,least,most = by_hand(metrics[-1]['held_out_load'])
+    measured = [metrics[-1][f'held_out_{k}'] for k in ('max_vio', 'smallest_share', 'busiest_share')]
+    assert measured==pytest.approx([max(vio), least, most])
+    assert results['held-out MaxVio of each block']==pytest.approx(vio, abs=0.006)
+    shares = [results[f'held-out share of the {which} expert of a block'] for which in ('idlest', 'busiest')]
+    assert shares==pytest.approx([least, most], abs=1e-4)
+    assert f"| held-out MaxVio of each block | {as_cell(results['held-out MaxVio of each block'])} |" in (out/'README.md').read_text()
 
 @pytest.mark.parametrize('where', ['.', 'checkpoints/step-00000006'])
 def test_transformers_gives_the_same_logits(run, where):
