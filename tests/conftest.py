@@ -17,10 +17,11 @@ FLAGS = ini['DEFAULT']['tst_flags'].split()
 
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help=f'run these tests too, separated by spaces: {" ".join(FLAGS)}')
-    parser.addoption('--used', nargs='?', const='', metavar='FILE', help='how much of its limit each numerical comparison used; to a file as well')
+    parser.addoption('--used', action='store_true', help='how much of its limit each numerical comparison used')
+    parser.addoption('--used-out', metavar='FILE', help='with --used: the whole list as JSON')
 
 def pytest_configure(config):
-    if config.getoption('used') is not None:
+    if config.getoption('used'):
         import used
         config.pluginmanager.register(used.Plugin(config), 'used')
     for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')

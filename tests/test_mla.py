@@ -16,6 +16,7 @@ from nanowhale.config import WhaleConfig, nanowhale_100m
 from nanowhale.mla import (Attention, GroupedLinear, KVCache, RMSNorm, attend, attend_dense, attend_fused, chunk_scores, fused_here, fused_mask, rms_norm,
     row_mask, window_mask)
 from nanowhale.rope import rope_cos_sin
+from test_parity import exact_angles, exactly
 
 # ---------------------------------------------------------------- the setting: sizes, modules, the loops
 
@@ -117,22 +118,22 @@ def theirs(cfg, attn):
 def run_theirs(hf, rotary, cfg, x, docs=None):
     pos = torch.arange(x.shape[1])[None]
     mask = window_mask(pos[0], pos[0], cfg.sliding_window, docs, docs)[:,None]
-    mask = torch.zeros(mask.shape).masked_fill(~mask, float('-inf'))
+    mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, float('-inf'))
     return hf(x, dict(main=rotary(x, pos, layer_type='main')), pos, mask)[0]
 
 @pytest.mark.parametrize('seed', range(60))
 def test_equals_transformers(seed):
-    cfg,attn,x,docs = case(100+seed)
+    cfg,attn,x,docs = case(100+seed, torch.float64)
     hf,rotary = theirs(cfg, attn)
     docs = docs if seed%2 else None
     x1,x2 = x.clone().requires_grad_(),x.clone().requires_grad_()
-    a,b = run(attn, cfg, x1, docs),run_theirs(hf, rotary, cfg, x2, docs)
-    assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with exactly(): a,b = run(attn, cfg, x1, docs),run_theirs(hf.double(), rotary, cfg, x2, docs)
+    assert_close(a, b, atol=1e-11, rtol=1e-9)
     probe = torch.randn_like(a)
     (a*probe).sum().backward(); (b*probe).sum().backward()
-    assert_close(x1.grad, x2.grad, atol=1e-5, rtol=1e-4)
+    assert_close(x1.grad, x2.grad, atol=1e-11, rtol=1e-9)
     grads = {n: q.grad for n,q in hf.named_parameters()}
-    for n,p in attn.named_parameters(): assert relative(p.grad, grads[n])<1e-4, n
+    for n,p in attn.named_parameters(): assert relative(p.grad, grads[n])<1e-9, n
 
 @pytest.mark.parametrize('window', [16, 2048])
 def test_equals_transformers_at_the_real_width(window):
@@ -280,10 +281,12 @@ def test_cached_equals_full(window, size):
     cfg,attn,_,_ = bug_case()
     cfg = replace(cfg, sliding_window=window)
     torch.manual_seed(window*100+size)
-    x,docs = torch.randn(3, 13, 10),torch.tensor([[0]*13, [0]*6+[1]*7, [-1]*4+[3]*9])
-    assert_close(decode(attn, cfg, x, pieces(13, size)), run(attn, cfg, x), atol=2e-6, rtol=1e-5)
-    assert_close(decode(attn, cfg, x, pieces(13, size), docs), run(attn, cfg, x, docs), atol=2e-6, rtol=1e-5)
-    assert_close(decode(attn, cfg, x, [size]+[1]*(13-size)), run(attn, cfg, x), atol=2e-6, rtol=1e-5)   # a prompt, then tokens
+    attn = attn.double()
+    x,docs = torch.randn(3, 13, 10).double(),torch.tensor([[0]*13, [0]*6+[1]*7, [-1]*4+[3]*9])
+    with exact_angles():
+        assert_close(decode(attn, cfg, x, pieces(13, size)), run(attn, cfg, x), atol=1e-12, rtol=1e-10)
+        assert_close(decode(attn, cfg, x, pieces(13, size), docs), run(attn, cfg, x, docs), atol=1e-12, rtol=1e-10)
+        assert_close(decode(attn, cfg, x, [size]+[1]*(13-size)), run(attn, cfg, x), atol=1e-12, rtol=1e-10)   # a prompt, then tokens
 
 def test_cache_bugs_are_seen():
     cfg,attn,x,_ = bug_case()
@@ -406,7 +409,7 @@ def test_attention_in_bf16_is_no_worse_than_dense_attention(T, W, packed, C):
     fast,dense = fast_and_dense(T, W, docs if packed else None, far_mask, torch.arange(T), 64)
     exact,half = both_ways(dense, leaves),[x.bfloat16() for x in leaves]
     for f,d,e in list(zip(both_ways(fast, half), both_ways(dense, half), exact)):
-        assert (f-e).norm()<=1.1*(d-e).norm()+1e-3*e.norm()
+        assert (f-e).norm()<=4*(d-e).norm()+1e-3*e.norm()   # two ways to round; sums in bfloat16 would cost many times as much
 
 @pytest.mark.parametrize('seed', range(5))
 def test_bfloat16(seed):
@@ -489,7 +492,7 @@ def test_one_kernel_in_bf16_is_no_worse_than_dense_attention(packed, backward):
     leaves,docs = [x.bfloat16().double() for x in leaves[:3]],docs if packed else None
     exact,half = both_ways(literal(30, docs), leaves),[x.bfloat16() for x in leaves]
     for f,d,e in zip(both_ways(one_kernel(30, docs), half), both_ways(literal(30, docs), half), exact):
-        assert (f-e).norm()<=(1.1 if torch_version>=(2,13) else 3)*(d-e).norm()+1e-3*e.norm()     # before, PyTorch's uncompiled form rounded more
+        assert (f-e).norm()<=(4 if torch_version>=(2,13) else 9)*(d-e).norm()+1e-3*e.norm()     # before, PyTorch's uncompiled form rounded more
     q,kv,s = half
     assert one_kernel(30)(q, kv.float(), s.float()).dtype==torch.bfloat16       # as under autocast, where keys may come in float32
 
@@ -591,7 +594,8 @@ def test_one_kernel_is_chosen_where_it_fits(monkeypatch):
         assert r['largest']<2*2048**2                                    # two rows of 2,048 tokens: no square of scores, nor of what may be seen
     for (dtype,K),all_fit in fits.items(): assert fused_here(SimpleNamespace(device=torch.device('cuda'), dtype=getattr(torch, dtype)), K)==all_fit
     assert len(set(fits.values()))==2
-    for r in found['runs']: assert max(r['errors'].values())<=(5e-7 if r['dtype']=='float32' else 5e-4)
+    # relative; in steps of the type, of which rows of sums over up to thousands of keys and queries may cost a few
+    for r in found['runs']: assert max(r['errors'].values())<=(16*2**-23 if r['dtype']=='float32' else 2*2**-10)
 
 def test_which_mask_one_kernel_gets():
     pos,docs = torch.arange(300),torch.arange(300).expand(2, -1)//100

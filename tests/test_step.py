@@ -31,6 +31,10 @@ def everything(whale, opts): return {**{k: v.clone() for k,v in whale.state_dict
 
 def flat_grad(whale): return torch.cat([p.grad.flatten() for p in whale.parameters() if p.grad is not None])
 
+def norm(x):
+    "In float64: the float32 norm of a million numbers at once is off in the fourth digit"
+    return x.double().norm().item()
+
 # ---------------------------------------------------------------- recipes
 
 def test_recipes_are_what_they_say():
@@ -228,10 +232,10 @@ def test_gradient_norms_add_up():
     add_gradients(whale, packed(4, 12), 2, 0.3, 1e-4)
     norms = gradient_norms(whale)
     assert set(norms)=={'mtp', 'hyper', 'head', 'embed', 'attention', 'moe', 'collapse', 'norm'}
-    assert abs(math.hypot(*norms.values())-flat_grad(whale).norm().item())<1e-4*flat_grad(whale).norm().item()
+    assert abs(math.hypot(*norms.values())-norm(flat_grad(whale)))<1e-5*norm(flat_grad(whale))
     for part in norms:
         alone = torch.cat([p.grad.flatten() for n,p in whale.named_parameters() if part_of(n)==part])
-        assert abs(alone.norm().item()-norms[part])<1e-5*max(1, norms[part])
+        assert abs(norm(alone)-norms[part])<1e-5*max(1, norms[part])
 
 def test_clipping_scales_the_whole_gradient():
     "With AdamW's first step the scale cannot be seen, so look at the gradients that the optimizer is given"
@@ -239,9 +243,9 @@ def test_clipping_scales_the_whole_gradient():
         recipe = Recipe(clip=clip, batch_size=4)
         whale,opts = whale_and_opts(recipe)
         seen = {}
-        opts[0].register_step_pre_hook(lambda *a, seen=seen, whale=whale: seen.update(norm=flat_grad(whale).norm().item()))
+        opts[0].register_step_pre_hook(lambda *a, seen=seen, whale=whale: seen.update(norm=norm(flat_grad(whale))))
         m = train_step(whale, whale, opts, packed(4, 12), recipe, 0)
-        assert abs(seen['norm']-min(clip, m['grad_norm']))<1e-4*seen['norm']
+        assert abs(seen['norm']-min(clip, m['grad_norm']))<1e-5*seen['norm']
 
 def test_targets_are_counted_as_the_losses_count_them():
     rows = packed(5, 17)

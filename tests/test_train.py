@@ -139,8 +139,8 @@ def test_reported_loss_is_that_of_the_saved_model(run, text):
     held,_ = held_out_texts(str(text))
     rows = pack(encode(load_tokenizer(out), held), 32)
     again = evaluate(Whale.from_pretrained(out), rows, n_bytes=sum(len(t.encode()) for t in held))
-    assert abs(again['loss']-results['held-out loss, nats per token'])<1e-4
-    assert abs(again['bits_per_byte']-results['held-out bits per byte'])<1e-4
+    assert abs(again['loss']-results['held-out loss, nats per token'])<3e-4       # written with four digits
+    assert abs(again['bits_per_byte']-results['held-out bits per byte'])<3e-4
     assert abs(T.read_metrics(out/'metrics.jsonl')[-1]['held_out_loss']-again['loss'])<1e-6
 
 def stop_at(monkeypatch, n, signum):

@@ -1,9 +1,9 @@
 """How much of its limit does each numerical comparison use? What fills a third of it here may overflow elsewhere.
 
-    pytest --used tests/test_mla.py                a table at the end, the fullest first
-    pytest --used=FILE.json -n 2 tests             the whole list as a file as well
-    python tests/used.py [--out FILE] [NOTEBOOKS]  the same for the cells of notebooks (default: all)
-    python tests/used.py --compare A.json B.json   the worst share of each comparison over several such files
+    pytest --used tests/test_mla.py                  a table at the end, the fullest first
+    pytest --used --used-out FILE.json -n 2 tests    the whole list as a file as well
+    python tests/used.py [--out FILE] [NOTEBOOKS]    the same for the cells of notebooks (default: all)
+    python tests/used.py --compare A.json B.json     the worst share of each comparison over several such files
 
 Counted are `assert_close`, `allclose`, `isclose`, `test_close`, `pytest.approx`, and every `a < b` in an assertion that
 compares floats: its share is a/b. A limit is what two ways to compute one thing may differ by; whatever else an
@@ -37,7 +37,7 @@ def real(x):
     import numpy as np, torch
     if isinstance(x, (bool, str, bytes)) or x is None: return None
     if isinstance(x, torch.Tensor) and x.device.type!='meta' and x.dtype!=torch.bool: return x.detach().cpu().double()
-    if isinstance(x, (int, float, np.floating, np.integer)) and abs(x)<2**1000: return torch.tensor(float(x)).double()
+    if isinstance(x, (int, float, np.floating, np.integer)) and abs(x)<2**1000: return torch.tensor(float(x), dtype=torch.float64)
     return torch.from_numpy(x).double() if isinstance(x, np.ndarray) and x.dtype.kind in 'fi' else None
 
 def is_float(x):
@@ -45,18 +45,34 @@ def is_float(x):
     dtype = getattr(x, 'dtype', None)
     return isinstance(x, float) or getattr(dtype, 'is_floating_point', False) or getattr(dtype, 'kind', '')=='f'
 
-def compared(place, text, small, ops, *values):
-    "What the chain of comparisons gives; the share of each pair of floats is noted"
+def compared(place, text, small, slack, ops, *values):
+    "What the chain of comparisons gives; the share of each pair of floats is noted, of `slack` where the end of the line is x+slack"
     out = True
-    for op,a,b in zip(ops.split(), values, values[1:]):
+    for i,(op,a,b) in enumerate(zip(ops.split(), values, values[1:]), 2):
         out = SAYS[op](a, b)
         if is_float(a) or is_float(b):
             low,high = (real(x) for x in ((a, b) if '<' in op else (b, a)))
-            if low is not None and high is not None and (high>0).all() and (low>=0).all() and low.numel() and high.numel():
-                kind = 'limit' if len(values)==2 and '<' in op and (small or small is None and high.max()<=LARGEST) else 'bound'
-                note(place, (low/high).max(), kind, text)
+            if low is None or high is None or not low.numel() or not high.numel(): continue
+            if slack and i==len(values): note(place, ((low-high)/slack+1).clamp(min=0).max(), 'limit', text)
+            elif (high>0).all() and (low>=0).all(): note(place, (low/high).max(), 'limit' if len(values)==2 and '<' in op and small else 'bound', text)
         if len(values)>2 and not out: return out
     return out
+
+def sizes(node):
+    "Numbers in an expression, 2**-8 and the like included"
+    for n in ast.walk(node):
+        if isinstance(n, ast.Constant) and isinstance(n.value, float) and n.value: yield abs(n.value)
+        if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Pow) and isinstance(n.right, ast.UnaryOp) and isinstance(n.left, ast.Constant):
+            yield eval(ast.unparse(n))
+
+def is_small(node):
+    "Is it a limit, by a small number in it or by its name?"
+    return min(sizes(node), default=1)<=LARGEST or any(w in ast.unparse(node).upper() for w in ('LIMIT', 'TOL'))
+
+def slack_of(node):
+    "The 1e-9 of `x+1e-9` and `x-1e-9`, where x has no small number of its own"
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and isinstance(node.right, ast.Constant)): return 0
+    return node.right.value if isinstance(node.right.value, float) and node.right.value<=LARGEST and not is_small(node.left) else 0
 
 class Watch(ast.NodeTransformer):
     "Every comparison of order inside an assertion tells `compared`"
@@ -70,9 +86,8 @@ class Watch(ast.NodeTransformer):
         text = ast.unparse(node)
         self.generic_visit(node)
         if not self.inside or any(type(o) not in ORDER for o in node.ops): return node
-        sizes = [abs(n.value) for n in ast.walk(node.comparators[-1]) if isinstance(n, ast.Constant) and isinstance(n.value, float) and n.value]
-        small = min(sizes)<=LARGEST if sizes else None
-        words = [f'{self.name}:{node.lineno}', text, small, ' '.join(ORDER[type(o)] for o in node.ops)]
+        last = node.comparators[-1]
+        words = [f'{self.name}:{node.lineno}', text, is_small(last), slack_of(last), ' '.join(ORDER[type(o)] for o in node.ops)]
         call = ast.Call(ast.Name('__compared__', ast.Load()), [*map(ast.Constant, words), node.left, *node.comparators], [])
         return ast.fix_missing_locations(ast.copy_location(call, node))
 
@@ -92,7 +107,7 @@ def share_of(a, b, rtol=None, atol=None):
     if isinstance(b, dict): pairs = [(a[k], b[k]) for k in b]
     elif isinstance(b, (list, tuple)): pairs = list(zip(a, b))
     else:
-        a,b = (x if isinstance(x, torch.Tensor) else torch.as_tensor(x) for x in (a, b))
+        a,b = (torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else torch.as_tensor(x) for x in (a, b))
         if not a.is_floating_point() or a.numel()==0 or a.device.type=='meta': return None
         if rtol is None: rtol,atol = torch.testing._comparison.default_tolerances(a, b)
         a,b = a.detach().cpu().double(),b.detach().cpu().double()
@@ -157,7 +172,7 @@ def save(rows, path): Path(path).write_text(json.dumps(dict(sorted(rows.items())
 class Plugin:
     def __init__(self, config):
         from _pytest.assertion import rewrite
-        self.config,self.out = config,config.getoption('used')
+        self.config,self.out = config,config.getoption('used_out')
         install(); watch_approx()
         plain = rewrite.rewrite_asserts
         def rewritten(tree, source, path=None, *args, **kwargs):
