@@ -172,7 +172,7 @@ def plot_load(
     axs[0].set_ylabel('per cent of the choices')
     worst.plot(steps, max_vio(load).amax(-1), color=COLORS['bad'], lw=0.7, label='training')
     held = [(m['step'], m['held_out_max_vio']) for m in metrics if 'held_out_max_vio' in m]
-    if held: worst.plot(*zip(*held), 'o-', color=COLORS['held_out'], lw=1, label='held-out'); worst.legend()
+    if held: worst.plot(*zip(*held), 'o-', color=COLORS['held_out'], lw=1, ms=3, label='held-out'); worst.legend()
     worst.set(title='MaxVio, worst block', xlabel='step', ylim=(0, None))
     if path is None: return fig
     fig.savefig(path); plt.close(fig)
