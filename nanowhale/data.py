@@ -11,11 +11,10 @@ __all__ = ['SKIP', 'EOL', 'BOUNDARIES', 'PIECE', 'KINDS', 'PACKED', 'BOM', 'ROWS
            'split_held_out', 'train_tokenizer', 'with_marks', 'load_tokenizer', 'marks', 'apart', 'encode', 'pack']
 
 # %% ../nbs/10_data.ipynb #0e6e6805
-import ast,hashlib,json,sysconfig
-import codecs,csv,io,re,shutil,sys
+import ast, codecs, csv, hashlib, io, json, re, shutil, sys, sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -485,10 +484,6 @@ def load_tokenizer(
         if not isinstance(tok.model_max_length, (int, float)): raise ValueError('model_max_length must be a number')
     except Exception as e: raise ValueError(f'{name}: no tokenizer could be loaded from there ({first_line(e)})') from None
     return with_marks(tok, name)
-
-# %% ../nbs/10_data.ipynb #c7a10d23
-import re
-from functools import lru_cache
 
 # %% ../nbs/10_data.ipynb #c7a10d24
 @lru_cache(maxsize=2)
