@@ -42,7 +42,7 @@ def generate(
     repetition_penalty:float=1.0,  # above 1: tokens already there become less likely
     seed:int=None,              # the same seed gives the same text
     speculative:bool=False,     # let the MTP block guess ahead: the same distribution, in fewer passes
-    drafts:int=1,               # tokens to guess at a time, with --speculative
+    drafts:int=None,            # tokens to guess at a time, with --speculative; none: 1
     compile:store_true=False,   # make one program of the step that writes a token: up to a minute at first, then several times faster
     device:str=None,            # cpu, cuda ...; none: a GPU if there is one
 ):
@@ -58,7 +58,8 @@ def generate(
     if speculative and compile: raise ValueError('--speculative and --compile do not go together: choose one')
     rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     check_rules(max_new_tokens, **rules)
-    drafts = whole_number('drafts', drafts, 1)
+    guesses = whole_number('drafts', 1 if drafts is None else drafts, 1)
+    if drafts is not None and not speculative: raise ValueError('--drafts is for --speculative: give both, or neither')
     device,folder = pick_device(device),find_folder(model, revision)
     if prompt is None: prompt = sys.stdin.read().rstrip('\n')
     try: prompt.encode()
@@ -68,7 +69,7 @@ def generate(
     ids = torch.tensor([encode(tok, [prompt])[0][:-1]], device=whale.lm_head.weight.device)
     print(prompt, end='', flush=True)
     with TextStream(tok) as stream:
-        if speculative: speculate(whale, ids, max_new_tokens, **rules, on_token=stream, drafts=drafts)
+        if speculative: speculate(whale, ids, max_new_tokens, **rules, on_token=stream, drafts=guesses)
         else: generate(whale, ids, max_new_tokens, **rules, on_token=stream, decoder=Decoder if compile else None)
     print()
 

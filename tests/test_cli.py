@@ -218,6 +218,7 @@ CASES = {
     'no tokenizer': (['generate', 'Hi', '--model', 'notok'], 'tokenizer'),
     'impossible temperature': (['generate', 'Hi', '--temperature', '-1'], 'temperature'),
     'no such ablation': (['ablate', 'tail', '--out', 'x'], 'choose one of all, base, one_stream'),
+    'drafts for nobody': (['generate', 'Hi', '--drafts', '3'], '--drafts is for --speculative'),
     'no drafts': (['generate', 'Hi', '--speculative', '--drafts', '0'], 'drafts=0'),
     'too much top_p': (['generate', 'Hi', '--top_p', '2'], 'top_p=2.0: need a number above 0 and at most 1'),
     'top_k below 0': (['generate', 'Hi', '--top-k', '-1'], 'top_k=-1: need a whole number, 0 (all tokens) or more'),
