@@ -158,11 +158,12 @@ def test_experts_job_by_job():
     assert_close(moe.job_by_job(x[order], expert[order], gu, down, 1.), moe.job_by_job(x, expert, gu, down, 1.)[order])
 
 @needs_compiler
-def test_training_steps_of_a_compiled_whale():
-    "Losses, norms, loads and what the watchers see, over three steps, beside the same steps uncompiled"
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_training_steps_of_a_compiled_whale(dtype):
+    "Losses, norms, loads and what the watchers see, over three steps, beside the same steps uncompiled; in float64 to the last choice of an expert"
     torch._dynamo.reset()
     def run(compile):
-        whale = small(layers=1, num_nextn_predict_layers=1, initializer_range=0.05).float()
+        whale = small(layers=1, num_nextn_predict_layers=1, initializer_range=0.05).to(dtype)
         net = torch.compile(whale, dynamic=False) if compile else whale
         recipe = Recipe(steps=3, batch_size=2, accum=2, context=20, compile=compile)
         opts,draw = make_optimizers(whale, recipe.lr, recipe.muon_lr),torch.Generator().manual_seed(0)
@@ -171,8 +172,7 @@ def test_training_steps_of_a_compiled_whale():
             yield train_step(net, whale, opts, rows, recipe, step)
     for got,want in zip(run(True), run(False)):
         assert got.keys()==want.keys()
-        moved = torch.tensor(got['expert_load'])-torch.tensor(want['expert_load'])
-        assert moved.abs().sum()<=4, moved                                # rounding may turn a choice that was nearly a tie
+        assert got['expert_load']==want['expert_load'] or dtype==torch.float32   # where rounding turns what was nearly a tie
         for k in ('loss', 'mtp_loss', 'balance_loss', 'grad_norm', 'comb_logit', 'column_error'): assert got[k]==pytest.approx(want[k], rel=2e-3), k
 
 @pytest.mark.slow
