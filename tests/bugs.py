@@ -18,10 +18,25 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 import test_compress
-from nanowhale import ablate, block, compress, data, evaluate, generate, hyper, mla, model, moe, mtp, optim, rope, step, weights
-from nanowhale.bench import add_to
-from nanowhale.config import CSA, HCA
-from nanowhale.model import Cache, Whale
+from nanowhale.lab import ablate
+from nanowhale.model import block
+from nanowhale.model import compress
+from nanowhale.train import data
+from nanowhale.train import evaluate
+from nanowhale.generate import sample as generate
+from nanowhale.model import hyper
+from nanowhale.model import attention as mla
+from nanowhale.model import whale as model
+from nanowhale.model import moe
+from nanowhale.model import mtp
+from nanowhale.train import optim
+from nanowhale.model import rope
+from nanowhale.train import step
+from nanowhale.generate import weights
+from nanowhale.fast.bench import add_to
+from nanowhale.model.config import CSA, HCA
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
 from runs import ROOT, provenance
 from test_compress import no_query_is_told_the_future, only_distances_count, packed_documents_are_alone, padding_is_never_seen, tables_are_fair
 from test_parity import LIMITS, errors, no_downcast, pair, randomise, run, small
@@ -269,7 +284,7 @@ def a_compiled_whales_checkpoint_loads():
         assert set(weights.read_weights(folder))==set(whale.state_dict())
     assert set(weights.translate(state))==set(whale.state_dict())
 
-# of the training step and of evaluation (nanowhale.data, step, evaluate)
+# of the training step and of evaluation (nanowhale.train.data, step, evaluate)
 
 def documents(n=9, T=7):
     "Documents of uneven lengths, and the same packed into rows of `T` targets"

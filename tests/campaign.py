@@ -12,10 +12,10 @@ import argparse, importlib.util, json, os, random, resource, shutil, signal, sub
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from nanowhale.checkpoint import checkpoints, link
+from nanowhale.train.checkpoint import checkpoints, link
 from nanowhale.cli import main as command
-from nanowhale.model import Whale
-from nanowhale.train import Log
+from nanowhale.model.whale import Whale
+from nanowhale.train.loop import Log
 from runs import SMALL, fingerprint, jsonl, last_line, provenance, texts
 from test_checkpoint import KILLS, STEPS, differences, options, steps_done, wait_for
 from test_stream import serving

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from nanowhale.data import embedded_corpus, load_tokenizer, split_held_out
-from nanowhale.hyper import HyperConnection
-from nanowhale.model import Whale, geometry
+from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
+from nanowhale.model.hyper import HyperConnection
+from nanowhale.model.whale import Whale, geometry
 from runs import ROOT, provenance
 
 SENTENCE = 'The parser reads each line of the file and returns a list of strings, or None if there is nothing left. The list is a copy.'

@@ -71,7 +71,7 @@ def lowered(dtype, K, T, W, docs):
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
     from torch.utils._pytree import tree_map
-    from nanowhale import mla
+    from nanowhale.model import attention as mla
     codes = []
     class Written(Exception): pass
     def stop(self): codes.append(self.codegen()[0].value); raise Written
@@ -160,7 +160,7 @@ def program(code, folder):
 def interpret(dtype, K, T, W, docs, path):
     "In a process of its own: the errors of outputs and gradients against `attend_dense` in float64, relative to their norms"
     import triton.runtime.interpreter as interpreter
-    from nanowhale import mla
+    from nanowhale.model import attention as mla
     real = interpreter._patch_lang_tensor
     def patched(tensor):                                   # numpy makes no number of an array of one any more
         real(tensor)

@@ -127,8 +127,8 @@ def balance(args):
 def products(args):
     "The six versions of 00_linear, and the rate at which one row's product reads its weights"
     import torch, torch.nn.functional as F
-    from nanowhale.bench import alternate
-    from nanowhale.linear import onednn
+    from nanowhale.fast.bench import alternate
+    from nanowhale.fast.products import onednn
     torch.manual_seed(0); torch.set_grad_enabled(False)
     x,W = torch.randn(512, 320),torch.randn(1280, 320)
     def loops(x, W):
@@ -161,13 +161,14 @@ def scaling(args):
     "Milliseconds forward and backward of one part of a layer at the width of the 110M whale, beside the formula's FLOPs"
     import torch
     from dataclasses import replace
-    from nanowhale.bench import alternate, there_and_back
-    from nanowhale.config import CSA, HCA, SWA, layer_flops, nanowhale_v4
-    from nanowhale.hyper import HyperConnection, collapse, mix
-    from nanowhale.mla import Attention
-    from nanowhale.compress import CompressedAttention
-    from nanowhale.model import views
-    from nanowhale.moe import MoE
+    from nanowhale.fast.bench import alternate, there_and_back
+    from nanowhale.model.config import CSA, HCA, SWA
+    from nanowhale.presets import layer_flops, nanowhale_v4
+    from nanowhale.model.hyper import HyperConnection, collapse, mix
+    from nanowhale.model.attention import Attention
+    from nanowhale.model.compress import CompressedAttention
+    from nanowhale.model.visibility import views
+    from nanowhale.model.moe import MoE
     torch.manual_seed(0)
     out,cfg = {},replace(nanowhale_v4(), num_hidden_layers=1, layer_types=None, mlp_layer_types=None, vocab_size=512)
     def attention(kind, T, window=128):
@@ -217,7 +218,7 @@ def bench_v4(args):
     benched('bench_v4', 'nanowhale_v4', [('fp32', 1, 512)], args.repeats)
 
 EVERYWHERE = '''
-import re, sys, torch, nanowhale.model as M, nanowhale.train as T
+import re, sys, torch, nanowhale.model.whale as M, nanowhale.train.loop as T
 from nanowhale.cli import main
 M.FLOAT32 = re.compile('^$')                       # nothing stays float32
 was = T.Whale.__init__
@@ -261,10 +262,10 @@ def compare(whale, pairs):
 def identity(args):
     "Greedy continuations of held-out text: `generate` beside transformers' own, and speculative decoding beside `generate`"
     import random, torch
-    from nanowhale.data import embedded_corpus, load_tokenizer, split_held_out
-    from nanowhale.generate import generate
-    from nanowhale.model import Whale
-    from nanowhale.speculate import speculate
+    from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
+    from nanowhale.generate.sample import generate
+    from nanowhale.model.whale import Whale
+    from nanowhale.generate.speculate import speculate
     with tempfile.TemporaryDirectory() as d:
         if not args.model: nanowhale('train', '--out', Path(d)/'whale')
         folder = Path(args.model or Path(d)/'whale')
@@ -292,8 +293,8 @@ def explorers(args):
     "The pages that run in a reader's browser: their weight, how soon a whale answers there, and how near its logits are to PyTorch's"
     import shutil, statistics, torch
     import browser, test_explorers as T
-    from nanowhale.data import embedded_corpus, load_tokenizer, split_held_out
-    from nanowhale.model import Whale
+    from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
+    from nanowhale.model.whale import Whale
     with tempfile.TemporaryDirectory() as d:
         folder,site = Path(args.model or Path(d)/'whale'),Path(d)/'site'
         if not args.model: nanowhale('train', '--out', folder)

@@ -20,13 +20,15 @@ from pathlib import Path
 from statistics import median
 import torch
 from torch.nn import functional as F
-from nanowhale.bench import add_to
-from nanowhale.compress import CompressedAttention, choose, far_weights, index_recall
-from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, layer_flops, nanowhale_v4
-from nanowhale.data import split_held_out, train_tokenizer
-from nanowhale.mla import attend
-from nanowhale.model import Cache, Whale
-from nanowhale.optim import make_optimizers, schedule
+from nanowhale.fast.bench import add_to
+from nanowhale.model.compress import CompressedAttention, choose, far_weights, index_recall
+from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
+from nanowhale.presets import cache_bytes, layer_flops, nanowhale_v4
+from nanowhale.train.data import split_held_out, train_tokenizer
+from nanowhale.fast.attention import attend
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import make_optimizers, schedule
 from runs import provenance
 
 KEYS = 32                                    # as many values; ids 1 to KEYS, and on from there

@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOOR = [sys.executable, '-c', 'import sys; from nanowhale.cli import main; sys.exit(main())']
-FAST = [sys.executable, '-c', DOOR[2].replace(';', '; from nanowhale.train import Log; Log.plot = lambda self: None;', 1)]   # no pictures: half the time
+FAST = [sys.executable, '-c', DOOR[2].replace(';', '; from nanowhale.train.loop import Log; Log.plot = lambda self: None;', 1)]   # no pictures: half the time
 PATIENCE = 1800   # seconds until a test gives up on a process: only one in which nothing happens reaches them, on the busiest machine
 SMALL = ['--batch-size', '2', '--context', '32']
 WORDS = 'the whale sings a song of two or three notes and dives into the sea where no light is left'.split()

@@ -2,12 +2,14 @@
 import json
 from dataclasses import asdict
 import pytest, torch
-from nanowhale import ablate, data
-from nanowhale.ablate import ABLATIONS, Nothing, against_base, begin, entries, kept, routing_by_lot, setup, steps_for, table, train_one
-from nanowhale.config import count_params
-from nanowhale.hyper import HyperConnection
-from nanowhale.model import Whale
-from nanowhale.optim import Muon, make_optimizers
+from nanowhale.lab import ablate
+from nanowhale.train import data
+from nanowhale.lab.ablate import (ABLATIONS, Nothing, against_base, begin, entries, kept,
+    routing_by_lot, setup, steps_for, table, train_one)
+from nanowhale.presets import count_params
+from nanowhale.model.hyper import HyperConnection
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import Muon, make_optimizers
 from runs import texts
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,14 @@ import ast, contextlib, io, json, os, random, shutil, struct, sys
 from copy import deepcopy
 from pathlib import Path
 import pytest, torch
-from nanowhale import chat, cli, data, stream, train
-from nanowhale.checkpoint import checkpoints, drop_metrics, read_metrics
-from nanowhale.model import Whale
-from nanowhale.weights import find_folder
+from nanowhale.generate import chat
+from nanowhale import cli
+from nanowhale.train import data
+from nanowhale.train import stream
+from nanowhale.train import loop as train
+from nanowhale.train.checkpoint import checkpoints, drop_metrics, read_metrics
+from nanowhale.model.whale import Whale
+from nanowhale.generate.weights import find_folder
 from runs import ROOT, SMALL, jsonl, texts
 
 pytestmark = pytest.mark.skipif(sys.platform!='linux', reason='limits memory as Linux does')

@@ -1,9 +1,10 @@
 """The benchmark, small: both sides do the same work, and its table and file say what was measured"""
 import json
 import pytest, torch
-from nanowhale.bench import add_to, alternate, bench, decode_rate, make_sides, profile_step, table, token_bytes
-from nanowhale.config import tiny, tiny_v4
-from nanowhale.graph import Decoder
+from nanowhale.fast.bench import (add_to, alternate, bench, decode_rate, make_sides,
+    profile_step, table, token_bytes)
+from nanowhale.presets import tiny, tiny_v4
+from nanowhale.fast.graph import Decoder
 
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_all_of_it(dtype, tmp_path, capsys):

@@ -4,12 +4,14 @@ import pytest, torch
 from torch.testing import assert_close
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer
 
-from nanowhale import block as block_module
-from nanowhale.block import Block
-from nanowhale.config import WhaleConfig, layer_params, nanowhale_100m, tiny
-from nanowhale.hyper import collapse, mix
-from nanowhale.mla import KVCache, window_mask
-from nanowhale.rope import rope_cos_sin
+from nanowhale.model import block as block_module
+from nanowhale.model.block import Block
+from nanowhale.model.config import WhaleConfig
+from nanowhale.presets import layer_params, nanowhale_100m, tiny
+from nanowhale.model.hyper import collapse, mix
+from nanowhale.generate.cache import KVCache
+from nanowhale.model.visibility import window_mask
+from nanowhale.model.rope import rope_cos_sin
 
 def random_config(seed):
     r = random.Random(seed)

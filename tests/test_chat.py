@@ -6,14 +6,16 @@ import argparse, json, os, platform, signal, subprocess, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-import nanowhale.chat as C
-from nanowhale.config import get_preset
-from nanowhale.data import load_tokenizer, train_tokenizer
-from nanowhale.evaluate import evaluate
-from nanowhale.model import Whale
-from nanowhale.step import Recipe, n_targets
-from nanowhale.stream import held_out_texts
-from nanowhale.train import Run, Stopped, read_metrics, train
+import nanowhale.generate.chat as C
+from nanowhale.presets import get_preset
+from nanowhale.train.data import load_tokenizer, train_tokenizer
+from nanowhale.train.evaluate import evaluate
+from nanowhale.model.whale import Whale
+from nanowhale.train.recipe import Recipe
+from nanowhale.train.step import n_targets
+from nanowhale.train.stream import held_out_texts
+from nanowhale.train.loop import Run, train
+from nanowhale.train.checkpoint import Stopped, read_metrics
 from runs import WORDS, provenance
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,9 +6,10 @@
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest
-from nanowhale.checkpoint import Claim, atomic_folder, checkpoints, drop_metrics, link, prune, read_metrics
-from nanowhale.model import Whale
-from nanowhale.weights import atomic
+from nanowhale.train.checkpoint import Claim, checkpoints, drop_metrics, link, prune, read_metrics
+from nanowhale.train.files import atomic_folder
+from nanowhale.model.whale import Whale
+from nanowhale.train.files import atomic
 from runs import DOOR, FAST, PATIENCE, SMALL, environment, fingerprint, jsonl, last_line, nanowhale, provenance, start, texts
 
 STEPS = 6
@@ -206,7 +207,7 @@ def test_a_name_comes_after_the_bytes_are_on_the_disk(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- one run at a time
 
-HOLD = 'import sys, time; from nanowhale.checkpoint import Claim; c = Claim(); c.take(sys.argv[1]); print("held", flush=True); time.sleep(600)'
+HOLD = 'import sys, time; from nanowhale.train.checkpoint import Claim; c = Claim(); c.take(sys.argv[1]); print("held", flush=True); time.sleep(600)'
 
 @pytest.mark.skipif(os.name!='posix', reason='locks of POSIX')
 def test_a_claim_ends_with_its_process(tmp_path):

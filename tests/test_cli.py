@@ -6,7 +6,7 @@ import pytest
 import nanowhale.cli as cli
 from nanowhale import __version__
 from nanowhale.cli import main
-from nanowhale.step import Recipe
+from nanowhale.train.recipe import Recipe
 from runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +292,10 @@ CHECKED_FIRST = [['generate', 'Hi', '--temperature', '-1'], ['generate', '--min-
 @pytest.mark.parametrize('words', CHECKED_FIRST, ids=' '.join)
 def test_options_are_checked_before_anything_is_read(place, words, monkeypatch):
     "No text, no tokenizer, no model and no standard input before every option makes sense"
-    from nanowhale import data, model, stream, train
+    from nanowhale.train import data
+    from nanowhale.model import whale as model
+    from nanowhale.train import stream
+    from nanowhale.train import loop as train
     def touched(*_, **__): raise AssertionError('read before the options were checked')
     for where,name in ((data, 'read_texts'), (data, 'load_tokenizer'), (stream, 'held_out_texts'), (train, 'held_out_texts'), (train, 'make_tokenizer')):
         monkeypatch.setattr(where, name, touched)
@@ -332,7 +335,7 @@ def test_a_refused_resume_changes_nothing(place):
 
 def test_the_cards_sample_is_text(place):
     "A sample's lines are lines in the card's table, and nothing in it is taken for markup"
-    from nanowhale.train import as_cell
+    from nanowhale.train.loop import as_cell
     assert as_cell('a|b\n\n*c* `d`\r\n<br> \\ [e](f) _g_') == \
         'a&#124;b<br><br>&#42;c&#42; &#96;d&#96;<br>&#60;br&#62; &#92; &#91;e&#93;(f) &#95;g&#95;'
     assert as_cell(0.5)=='0.5' and as_cell('2 threads, torch 2.13.0+cpu')=='2 threads, torch 2.13.0+cpu'

@@ -11,15 +11,19 @@ import pytest, torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
-from nanowhale import compress, moe
-from nanowhale.compress import CompressedAttention, choose, document_starts, far_rope, make_blocks
-from nanowhale.config import CSA, HCA, SWA, WhaleConfig, cache_bytes, nanowhale_v4, tiny_v4
-from nanowhale.generate import generate, left_pad
-from nanowhale.mla import CHUNK, attend
-from nanowhale.model import Cache, Whale
-from nanowhale.rope import rope_cos_sin, rotate
-from nanowhale.speculate import speculate
-from nanowhale.step import add_gradients, n_queries
+from nanowhale.model import compress
+from nanowhale.model import moe
+from nanowhale.model.compress import CompressedAttention, choose
+from nanowhale.model.visibility import document_starts, far_rope, make_blocks
+from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
+from nanowhale.presets import cache_bytes, nanowhale_v4, tiny_v4
+from nanowhale.generate.sample import generate, left_pad
+from nanowhale.fast.attention import CHUNK, attend
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
+from nanowhale.model.rope import rope_cos_sin, rotate
+from nanowhale.generate.speculate import speculate
+from nanowhale.train.step import add_gradients, n_queries
 import recall
 from test_parity import ROUNDING, exact_angles, exactly, later_of_equals, pair, run
 
@@ -269,10 +273,10 @@ BUGS = {
 @pytest.mark.parametrize('name', BUGS)
 def test_planted_mistakes_show(name):
     where,what,make,check = BUGS[name]
-    import nanowhale.model
+    import nanowhale.model.whale
     with swapped(where, what, make):
-        if where is not compress.Memory and hasattr(nanowhale.model, what):
-            with patch.object(nanowhale.model, what, getattr(where, what)), patch(f'{__name__}.make_blocks', compress.make_blocks): fails(check)
+        if where is not compress.Memory and hasattr(nanowhale.model.whale, what):
+            with patch.object(nanowhale.model.whale, what, getattr(where, what)), patch(f'{__name__}.make_blocks', compress.make_blocks): fails(check)
         else: fails(check)
 
 def fails(check):

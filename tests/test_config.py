@@ -5,9 +5,11 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 import pytest
 import torch
 from transformers import AutoConfig, DeepseekV4Config
-from nanowhale.config import (BUILT, CSA, HCA, POSITIVE, PRESETS, SIZES, SWA, WhaleConfig, cache_bytes, count_flops, count_params,
-    get_preset, layer_params, mean_keys, nanowhale_100m, rope_factor, tiny)
-from nanowhale.legacy import NO_CLAMP, legacy_config
+from nanowhale.generate.hf_config import BUILT, rope_factor
+from nanowhale.model.config import CSA, HCA, POSITIVE, SIZES, SWA, WhaleConfig
+from nanowhale.presets import (PRESETS, cache_bytes, count_flops, count_params, get_preset,
+    layer_params, mean_keys, nanowhale_100m, tiny)
+from nanowhale.generate.legacy import NO_CLAMP, legacy_config
 
 INTS = [f.name for f in fields(WhaleConfig) if f.type in (int, int|None)]
 FLOATS = [f.name for f in fields(WhaleConfig) if f.type in (float, float|None)]
@@ -197,7 +199,7 @@ def component(name):
     return 'norm'
 
 def real_counts(cfg):
-    from nanowhale.model import Whale
+    from nanowhale.model.whale import Whale
     with torch.device('meta'): whale = Whale(cfg)
     n = dict.fromkeys(count_params(cfg), 0)
     for name,p in whale.state_dict().items(): n[component(name)] += p.numel() if p.is_floating_point() else 0   # a table is none

@@ -5,10 +5,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest, torch
-import nanowhale.data as D
+import nanowhale.train.data as D
 from nanowhale.cli import main
-from nanowhale.data import BOM, embedded_corpus, encode, find_files, is_held_out, pack, piece_size, pieces, read_texts, split_held_out, train_tokenizer
-from nanowhale.stream import held_out_texts
+from nanowhale.train.data import (BOM, embedded_corpus, encode, find_files, is_held_out, pack,
+    piece_size, pieces, read_texts, split_held_out, train_tokenizer)
+from nanowhale.train.stream import held_out_texts
 from runs import SMALL, jsonl, texts
 
 TEXTS = ['Whales sing.', 'Some dive for an hour.\n\nNo one knows how.', 'é 鯨 🐋', 'x'*50]
@@ -381,7 +382,7 @@ def count(path, want):
 # ---------------------------------------------------------------- at the command line
 
 def test_a_run_on_one_long_line_and_on_a_few_books(tmp_path, monkeypatch, capsys):
-    import nanowhale.train as T
+    import nanowhale.train.loop as T
     monkeypatch.setattr(T.Log, 'plot', lambda self: None)
     (tmp_path/'verse.txt').write_text(' '.join(texts(60)))
     write(tmp_path/'books.jsonl', [dict(text=' '.join(texts(30, seed=i))) for i in range(3)])
@@ -390,7 +391,7 @@ def test_a_run_on_one_long_line_and_on_a_few_books(tmp_path, monkeypatch, capsys
             *SMALL])==0, capsys.readouterr().err
 
 def test_rows_that_are_mostly_padding_are_told(tmp_path, monkeypatch, capsys):
-    import nanowhale.train as T
+    import nanowhale.train.loop as T
     monkeypatch.setattr(T.Run, 'go', lambda self: (_ for _ in ()).throw(ValueError('far enough')))
     (tmp_path/'a.jsonl').write_text(jsonl(texts(60)))
     for context,warned in ((64, False), (20_000, True)):
@@ -411,7 +412,7 @@ def test_options_that_exclude_each_other(tmp_path, monkeypatch, capsys, words, s
 
 def test_a_resumed_run_keeps_its_recipe_or_says_so(tmp_path, capsys):
     from dataclasses import asdict
-    from nanowhale.step import Recipe
+    from nanowhale.train.recipe import Recipe
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'run.json').write_text(json.dumps(dict(preset='tiny', seed=3, recipe=asdict(Recipe(lr=0.5, data='x.txt')), version='1')))
     resume = ['train', '--resume', '--out', str(tmp_path/'run')]

@@ -3,10 +3,10 @@ Bugs of this chapter (means of means, rows that do not overlap, padding as a tar
 import json, lzma, math, random, shutil, subprocess
 import pytest, torch
 from torch.testing import assert_close
-from nanowhale.config import WhaleConfig
-from nanowhale.data import pack
-from nanowhale.evaluate import bits_per_byte, entropy, evaluate, xz_bits_per_byte
-from nanowhale.model import Whale
+from nanowhale.model.config import WhaleConfig
+from nanowhale.train.data import pack
+from nanowhale.train.evaluate import bits_per_byte, entropy, evaluate, xz_bits_per_byte
+from nanowhale.model.whale import Whale
 from test_parity import pair, randomise, random_config
 
 def a_whale(seed=0, **changes):

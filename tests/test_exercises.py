@@ -3,9 +3,9 @@ import ast, functools, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 import course
-from nanowhale.checker import EXERCISES, answer, copied, drawn, tensors, verdict
-from nanowhale.exercises import check
-from nanowhale.generate import keep_top_p
+from nanowhale.course.checker import EXERCISES, answer, copied, drawn, tensors, verdict
+from nanowhale.course.exercises import check
+from nanowhale.generate.sample import keep_top_p
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
@@ -150,7 +150,7 @@ def test_exercises_look_alike(stem):
         name = re.search(r"^check\('(\w+)', (\w+)\)$", part, flags=re.M)
         assert f'def {name[2]}(' in part and name[2].startswith('my_')
         for spec in re.findall(r'```python\n(.*?)```', part, flags=re.S): ast.parse(spec)
-    if "\ncheck('" in text: assert text.count('from nanowhale.exercises import check')==1 and re.search(r'\]\(solutions/\w+\.ipynb\)', text)
+    if "\ncheck('" in text: assert text.count('from nanowhale.course.exercises import check')==1 and re.search(r'\]\(solutions/\w+\.ipynb\)', text)
 
 def test_solutions_do_not_call_what_they_solve():
     "A solution that returns the course's function proves nothing"

@@ -6,14 +6,17 @@ import pytest, torch
 from torch.testing import assert_close
 import browser
 from runs import PATIENCE
-from nanowhale.config import SIZES, tiny, tiny_v4
-from nanowhale.data import load_tokenizer, train_tokenizer
-from nanowhale.generate import generate
-from nanowhale.hyper import sinkhorn
-from nanowhale.mla import attend_dense, window_mask
-from nanowhale.model import Cache, Whale
-from nanowhale.moe import SCORES, route
-from nanowhale.rope import rope_cos_sin, rotate
+from nanowhale.model.config import SIZES
+from nanowhale.presets import tiny, tiny_v4
+from nanowhale.train.data import load_tokenizer, train_tokenizer
+from nanowhale.generate.sample import generate
+from nanowhale.model.hyper import sinkhorn
+from nanowhale.model.attention import attend as attend_dense
+from nanowhale.model.visibility import window_mask
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
+from nanowhale.model.moe import SCORES, route
+from nanowhale.model.rope import rope_cos_sin, rotate
 
 EXPLORERS = Path(__file__).resolve().parents[1]/'nbs'/'site'/'explorers'
 ENGLISH = list(topics.values())

@@ -17,12 +17,14 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from torch.testing import assert_close
 from transformers.generation import logits_process as hf_rules
-import nanowhale.generate as gen
-from nanowhale.config import WhaleConfig
-from nanowhale.data import train_tokenizer
-from nanowhale.generate import (Rows, TextStream, docs_of, draw, evaluating, generate, keep_min_p, keep_top_k, keep_top_p, left_pad,
-    next_logits, penalize_repeats, scale_temperature, warp)
-from nanowhale.model import Cache, Whale
+import nanowhale.generate.sample as gen
+from nanowhale.model.config import WhaleConfig
+from nanowhale.train.data import train_tokenizer
+from nanowhale.generate.sample import (Rows, TextStream, docs_of, draw, generate, keep_min_p,
+    keep_top_k, keep_top_p, left_pad, next_logits, penalize_repeats, scale_temperature, warp)
+from nanowhale.train.evaluate import evaluating
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
 from test_parity import exact_angles, exactly, pair, randomise, random_config
 
 def a_whale(seed=0, **changes):
@@ -198,14 +200,14 @@ def test_float64_cache_is_exact():
     with exact_angles(): assert error(whale, torch.randint(0, 50, (2,40)), prefill=4)<1e-10
 
 def test_bug_wrong_position_shows(monkeypatch):
-    import nanowhale.model as model
+    import nanowhale.model.whale as model
     whale,ids,real = a_whale(),torch.randint(0, 50, (2,30)),model.rope_cos_sin
     assert error(whale, ids)<1e-5
     monkeypatch.setattr(model, 'rope_cos_sin', lambda pos, *a: real(pos-pos[0], *a))   # each pass counts from 0
     assert error(whale, ids)>1e-2
 
 def test_bug_window_off_by_one_shows(monkeypatch):
-    import nanowhale.model as model
+    import nanowhale.model.whale as model
     whale,ids,real = a_whale(),torch.randint(0, 50, (2,30)),model.window_mask
     def narrow(q_pos, k_pos, W, *docs): return real(q_pos, k_pos, W-(len(q_pos)==1), *docs)
     monkeypatch.setattr(model, 'window_mask', narrow)   # a step sees one key less than the full pass

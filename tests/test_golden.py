@@ -20,13 +20,17 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 import pytest, torch
-from nanowhale import __version__, cli, train
-from nanowhale.checkpoint import read_metrics
-from nanowhale.config import CSA, HCA, PRESETS, WhaleConfig
-from nanowhale.data import load_tokenizer, train_tokenizer
-from nanowhale.model import Whale
-from nanowhale.optim import make_optimizers
-from nanowhale.step import get_recipe, train_step
+from nanowhale import __version__
+from nanowhale import cli
+from nanowhale.train import loop as train
+from nanowhale.train.checkpoint import read_metrics
+from nanowhale.model.config import CSA, HCA, WhaleConfig
+from nanowhale.presets import PRESETS
+from nanowhale.train.data import load_tokenizer, train_tokenizer
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import make_optimizers
+from nanowhale.train.recipe import get_recipe
+from nanowhale.train.step import train_step
 import ages
 from runs import ROOT, jsonl, provenance, texts
 

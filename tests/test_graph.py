@@ -3,14 +3,20 @@ import shutil
 from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
-from nanowhale import graph, linear, moe
+from nanowhale.fast import graph
+from nanowhale.fast import products as linear
+from nanowhale.model import moe
 from nanowhale.cli import main
-from nanowhale.config import CSA, HCA, SWA, tiny
-from nanowhale.generate import evaluating, generate, left_pad, next_logits
-from nanowhale.graph import Decoder, one_step
-from nanowhale.model import Cache, Whale
-from nanowhale.optim import make_optimizers
-from nanowhale.step import Recipe, train_step
+from nanowhale.model.config import CSA, HCA, SWA
+from nanowhale.presets import tiny
+from nanowhale.train.evaluate import evaluating
+from nanowhale.generate.sample import generate, left_pad, next_logits
+from nanowhale.fast.graph import Decoder, one_step
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import make_optimizers
+from nanowhale.train.recipe import Recipe
+from nanowhale.train.step import train_step
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
 
@@ -153,9 +159,9 @@ def test_experts_job_by_job():
     J,E,D,I = 5,3,8,6
     x,gu,down = torch.randn(J, D),torch.randn(E, 2*I, D),torch.randn(E, D, I)
     expert = torch.tensor([0, 0, 1, 2, 2])
-    assert_close(moe.job_by_job(x, expert, gu, down, 1.), moe.one_by_one(x, torch.tensor([2, 1, 2]), gu, down, 1.), atol=1e-5, rtol=1e-5)
+    assert_close(moe.each_for_itself(x, expert, gu, down, 1.), moe.one_by_one(x, torch.tensor([2, 1, 2]), gu, down, 1.), atol=1e-5, rtol=1e-5)
     order = torch.tensor([3, 0, 4, 2, 1])
-    assert_close(moe.job_by_job(x[order], expert[order], gu, down, 1.), moe.job_by_job(x, expert, gu, down, 1.)[order])
+    assert_close(moe.each_for_itself(x[order], expert[order], gu, down, 1.), moe.each_for_itself(x, expert, gu, down, 1.)[order])
 
 @needs_compiler
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])

@@ -16,13 +16,15 @@ from urllib.parse import urlsplit
 import huggingface_hub, huggingface_hub.file_download, pytest, torch, transformers
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
-from nanowhale.config import WhaleConfig
-from nanowhale.data import load_tokenizer, train_tokenizer
-from nanowhale.generate import generate
-from nanowhale.hub import card, export
-from nanowhale.model import Whale
-from nanowhale.checkpoint import write_json
-from nanowhale.weights import FLOAT32, INDEX, WEIGHTS, find_folder, read_json, read_weights
+from nanowhale.model.config import WhaleConfig
+from nanowhale.train.data import load_tokenizer, train_tokenizer
+from nanowhale.generate.sample import generate
+from nanowhale.generate.hub import card, export
+from nanowhale.model.whale import Whale
+from nanowhale.train.files import write_json
+from nanowhale.model.whale import FLOAT32
+from nanowhale.train.files import INDEX, WEIGHTS, read_json
+from nanowhale.generate.weights import find_folder, read_weights
 from runs import PATIENCE
 from test_legacy import random_old, write
 from test_parity import randomise
@@ -429,8 +431,8 @@ BAD_TOKENIZERS = dict(   # what tokenizer.json holds -> what the one line must n
 
 TOKENIZERS = """
 import json, resource, sys
-from nanowhale.data import load_tokenizer
-from nanowhale.weights import find_folder
+from nanowhale.train.data import load_tokenizer
+from nanowhale.generate.weights import find_folder
 load_tokenizer(sys.argv[1]).encode('a whale')
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used+2**29, -1))

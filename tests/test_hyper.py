@@ -5,9 +5,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 
-from nanowhale import hyper
-from nanowhale.config import WhaleConfig
-from nanowhale.hyper import HyperConnection, HyperHead, collapse, mix, project, sinkhorn
+from nanowhale.model import hyper
+from nanowhale.model.config import WhaleConfig
+from nanowhale.model.hyper import HyperConnection, HyperHead, collapse, mix, project, sinkhorn
 from test_parity import no_downcast
 
 def plain(logits, iters, eps=1e-6):

@@ -11,10 +11,10 @@ from pathlib import Path
 from unittest.mock import patch
 import pytest, torch
 from safetensors.torch import save_file
-import nanowhale.legacy as legacy
-from nanowhale.config import WhaleConfig
-from nanowhale.model import Whale
-from nanowhale.generate import generate
+import nanowhale.generate.legacy as legacy
+from nanowhale.model.config import WhaleConfig
+from nanowhale.model.whale import Whale
+from nanowhale.generate.sample import generate
 from runs import PATIENCE
 from test_parity import exact_angles
 
@@ -241,7 +241,7 @@ def test_generation(tmp_path):
 
 def test_the_command(tmp_path):
     "`nanowhale generate --model FOLDER`, with code beside the weights that must not run"
-    from nanowhale.data import train_tokenizer
+    from nanowhale.train.data import train_tokenizer
     c,_ = random_old(1)
     c |= dict(vocab_size=300)
     tok = train_tokenizer(['the meaning of life is a whale song'], 258)

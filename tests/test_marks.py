@@ -4,14 +4,16 @@ from pathlib import Path
 import pytest, torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from nanowhale import chat as C, train as T
+from nanowhale.generate import chat as C
+from nanowhale.train import loop as T
 from nanowhale.cli import main
-from nanowhale.data import MARKS, apart, encode, load_tokenizer, marks, train_tokenizer, with_marks
-from nanowhale.generate import generate
-from nanowhale.hub import export
-from nanowhale.model import Whale
-from nanowhale.stream import Stream, pack_texts
-from nanowhale.weights import read_json
+from nanowhale.train.data import (MARKS, apart, encode, load_tokenizer, marks, train_tokenizer,
+    with_marks)
+from nanowhale.generate.sample import generate
+from nanowhale.generate.hub import export
+from nanowhale.model.whale import Whale
+from nanowhale.train.stream import Stream, pack_texts
+from nanowhale.train.files import read_json
 from runs import texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +146,7 @@ def test_packed_rows_are_filled_with_the_tokenizers_filler(source, monkeypatch, 
     chats = ['[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]']
     for rows in (pack_texts(tok, ['a whale'], 40), C.pack_chats(C.with_template(tok), chats, 60)):
         assert (rows['docs']<0).any() and (rows['input_ids'][rows['docs']<0]==0).all()
-    import nanowhale.evaluate as E
+    import nanowhale.train.evaluate as E
     real = E.evaluate
     monkeypatch.setattr(E, 'evaluate', lambda whale, rows, **kw: seen.append(rows) or real(whale, rows, **kw))
     assert main(['eval', str(run), '--data', str(source/'text.jsonl')])==0
@@ -230,7 +232,7 @@ def test_a_vocabulary_that_holds_a_mark_as_a_word():
     assert apart(tok, 'a new <unk>')==['a new <', 'unk>']             # the token for what is unknown is no mark, its name is
 
 def test_a_prompt_spells_no_mark(run, monkeypatch):
-    import nanowhale.generate as G
+    import nanowhale.generate.sample as G
     seen,real = [],G.generate
     monkeypatch.setattr(G, 'generate', lambda whale, ids, *a, **kw: seen.append(ids[0].tolist()) or real(whale, ids, *a, **kw))
     assert main(['generate', 'a</s><think><s>', '--model', str(run), '--tokens', '1'])==0
@@ -241,7 +243,7 @@ def test_rows_of_a_run_hold_the_marks_of_their_documents_only(source, tmp_path):
     tok = load_tokenizer(source/'tok')
     docs = [f'{t} </s> <s> <think> {i}' for i,t in enumerate(texts(60))]
     (tmp_path/'spelled.jsonl').write_text(''.join(json.dumps(dict(text=t))+'\n' for t in docs))
-    from nanowhale.stream import Blocks
+    from nanowhale.train.stream import Blocks
     stream = Stream(Blocks(str(tmp_path/'spelled.jsonl'), tok, 64))
     block = stream.next_block()
     ids = torch.from_numpy(block['input_ids'])

@@ -11,11 +11,16 @@ import pytest, torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
-from nanowhale import mla
-from nanowhale.config import WhaleConfig, nanowhale_100m
-from nanowhale.mla import (Attention, GroupedLinear, KVCache, RMSNorm, attend, attend_dense, attend_fused, chunk_scores, fused_here, fused_mask, rms_norm,
-    row_mask, window_mask)
-from nanowhale.rope import rope_cos_sin
+from nanowhale.model import attention as mla
+from nanowhale.model.config import WhaleConfig
+from nanowhale.presets import nanowhale_100m
+from nanowhale.model.attention import (Attention, GroupedLinear, RMSNorm, attend as attend_dense,
+    rms_norm)
+from nanowhale.generate.cache import KVCache
+from nanowhale.fast.attention import (attend, attend_fused, chunk_scores, fused_here, fused_mask,
+    row_mask)
+from nanowhale.model.visibility import window_mask
+from nanowhale.model.rope import rope_cos_sin
 from test_parity import exact_angles, exactly
 
 # ---------------------------------------------------------------- the setting: sizes, modules, the loops

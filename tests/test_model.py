@@ -7,11 +7,15 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
-import nanowhale.model
-from nanowhale import mla, moe
-from nanowhale.config import SWA, WhaleConfig, count_params, nanowhale_100m, tiny, tiny_v4
-from nanowhale.mla import KVCache
-from nanowhale.model import Cache, Whale, init_weights, views
+import nanowhale.model.whale
+from nanowhale.model import attention as mla
+from nanowhale.model import moe
+from nanowhale.model.config import SWA, WhaleConfig
+from nanowhale.presets import count_params, nanowhale_100m, tiny, tiny_v4
+from nanowhale.generate.cache import KVCache
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale, init_weights
+from nanowhale.model.visibility import views
 
 def small(**kw):
     return WhaleConfig(**dict(dict(
@@ -342,7 +346,7 @@ def test_loading_initialises_nothing(tmp_path):
     "Bug 20: only tensors without memory are initialised on the way, and the weights take their place afterwards"
     whale,places = random_whale(),[]
     whale.save_pretrained(tmp_path)
-    with patch.object(nanowhale.model, 'init_weights', lambda m,std: places.extend(p.device.type for p in m.parameters())):
+    with patch.object(nanowhale.model.whale, 'init_weights', lambda m,std: places.extend(p.device.type for p in m.parameters())):
         assert same_weights(Whale.from_pretrained(tmp_path), whale)
     assert set(places)=={'meta'}
 
@@ -385,7 +389,7 @@ def test_compiler_prefix_is_not_saved(tmp_path):
     loaded,ids = Whale.from_state_dict(whale.cfg, whale.state_dict()),random_ids(2, 9)
     close(loaded(ids).logits, whale.to_hf()(ids).logits)
 
-STAGES = ['nanowhale.weights.save_file', 'nanowhale.weights.os.fsync', 'nanowhale.model.json.dumps', 'nanowhale.model.write_weights']
+STAGES = ['nanowhale.generate.weights.save_file', 'nanowhale.generate.weights.os.fsync', 'nanowhale.model.whale.json.dumps', 'nanowhale.generate.weights.write_weights']
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, stage):
@@ -476,7 +480,7 @@ def late(cfg, ids, docs=None, cache=None, *rest):
     "Bug 18: the new tokens are rotated one position too far"
     rope,mask = views(cfg, ids, docs, cache)[SWA]
     if not cache or not cache.length: return {SWA: (rope,mask)}
-    return {SWA: (nanowhale.model.rope_cos_sin(torch.arange(cache.length, cache.length+ids.shape[1])+1, cfg.qk_rope_head_dim, cfg.rope_theta),mask)}
+    return {SWA: (nanowhale.model.rope.rope_cos_sin(torch.arange(cache.length, cache.length+ids.shape[1])+1, cfg.qk_rope_head_dim, cfg.rope_theta),mask)}
 
 def short_ring(self, kv, real=KVCache.extend):
     "Bug 18: the cache forgets one key too early"
@@ -490,10 +494,10 @@ def first_stream(self, X): return X[:,:,0]
 PLANTED = {
     'a buffer that is not saved (bug 11)': (Table, None, {'check_state'}),
     'initialised after loading (bug 20)': (Again, None, {'check_folder'}),
-    'documents see each other (bugs 15, 21)': (Whale, lambda: patch.object(nanowhale.model, 'views', no_docs), {'check_documents'}),
-    'cached tokens one position late (bug 18)': (Whale, lambda: patch.object(nanowhale.model, 'views', late), {'check_cache'}),
+    'documents see each other (bugs 15, 21)': (Whale, lambda: patch.object(nanowhale.model.whale, 'views', no_docs), {'check_documents'}),
+    'cached tokens one position late (bug 18)': (Whale, lambda: patch.object(nanowhale.model.whale, 'views', late), {'check_cache'}),
     'cache one key short (bug 18)': (Whale, lambda: patch.object(KVCache, 'extend', short_ring), {'check_cache'}),
-    'first stream for the learned collapse': (Whale, lambda: patch.object(nanowhale.model.HyperHead, 'forward', first_stream), {'check_oracle'}),
+    'first stream for the learned collapse': (Whale, lambda: patch.object(nanowhale.model.hyper.HyperHead, 'forward', first_stream), {'check_oracle'}),
 }
 
 @pytest.mark.parametrize('name', PLANTED)
@@ -527,7 +531,7 @@ def test_a_step_is_one_graph_for_the_compiler(packed, fused, monkeypatch):
     if not hasattr(torch.nn.functional, 'grouped_mm'): pytest.skip('this torch has no grouped products')
     monkeypatch.setattr(moe, 'one_by_one', moe.grouped)
     monkeypatch.setattr(mla, '_uncompiled', mla.SinkAttention.apply)
-    monkeypatch.setattr(nanowhale.model, 'fused_here', lambda *args: fused)
+    monkeypatch.setattr(nanowhale.model.whale, 'fused_here', lambda *args: fused)
     monkeypatch.setattr(flex, '_validate_device', lambda *args: None)      # forbids gradients on a processor
     whale = Whale(replace(tiny(), num_hidden_layers=1)).bfloat16()
     T = 150 if fused else 100
@@ -552,7 +556,7 @@ def test_a_whale_whose_attention_is_one_kernel(monkeypatch):
         (out.loss+out.mtp_loss+out.balance_loss).backward()
         return dict(loss=out.loss, mtp=out.mtp_loss, load=out.expert_load, logits=out.logits) | {n: p.grad.clone() for n,p in whale.named_parameters()}
     want,graphs = step(whale),[]
-    monkeypatch.setattr(nanowhale.model, 'fused_here', lambda *args: True)
+    monkeypatch.setattr(nanowhale.model.whale, 'fused_here', lambda *args: True)
     got = step(torch.compile(whale, backend=recorder(graphs), dynamic=False))
     assert kernels(graphs)==2
     for k in want: assert_close(got[k], want[k], atol=1e-10, rtol=1e-9, msg=lambda m: f'{k}: {m}')

@@ -2,9 +2,12 @@
 import random
 import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
-from nanowhale import moe as M
-from nanowhale.config import WhaleConfig, nanowhale_100m, count_params, count_flops
-from nanowhale.moe import MoE, SCORES, balance_loss, bias_step, dispatch, expert_load, max_vio, route, sqrt_softplus, swiglu
+from nanowhale.model import moe as M
+from nanowhale.model.config import WhaleConfig
+from nanowhale.presets import nanowhale_100m, count_params, count_flops
+from nanowhale.model.moe import (MoE, SCORES, balance_loss, bias_step, expert_load, max_vio,
+    route, sqrt_softplus, swiglu)
+from nanowhale.fast.experts import run_experts
 from test_parity import no_downcast
 
 BIAS = 'gate.e_score_correction_bias'
@@ -91,10 +94,10 @@ def no_clamp(gate, up, limit): return F.silu(gate)*up
 def gate_clamped_below(gate, up, limit): return F.silu(gate.clamp(-limit, limit))*up.clamp(-limit, limit)
 def weights_in_token_order(x, idx, w, gate_up, down, limit):
     order = idx.flatten().argsort(stable=True).argsort()
-    return dispatch(x, idx, w.flatten()[order].view_as(w), gate_up, down, limit)
+    return run_experts(x, idx, w.flatten()[order].view_as(w), gate_up, down, limit)
 
 PLANTED = [('route', f) for f in (weights_from_biased_scores, bias_ignored, not_normalised, normalised_over_all, duplicates)]
-PLANTED += [('swiglu', f) for f in (up_and_gate_swapped, no_clamp, gate_clamped_below)] + [('dispatch', weights_in_token_order)]
+PLANTED += [('swiglu', f) for f in (up_and_gate_swapped, no_clamp, gate_clamped_below)] + [('run_experts', weights_in_token_order)]
 
 @pytest.mark.parametrize('name,bug', PLANTED, ids=[f.__name__ for _,f in PLANTED])
 def test_planted_bug_is_seen(name, bug, monkeypatch):

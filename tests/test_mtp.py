@@ -4,10 +4,12 @@ from contextlib import contextmanager
 from unittest.mock import patch
 import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
-import nanowhale.model
-from nanowhale.config import WhaleConfig, count_flops, count_params, nanowhale_100m
-from nanowhale.model import Whale, geometry
-from nanowhale.mtp import MTPBlock, head_loss, next_embeddings, shift_labels
+import nanowhale.model.whale
+from nanowhale.model.config import WhaleConfig
+from nanowhale.presets import count_flops, count_params, nanowhale_100m
+from nanowhale.model.whale import Whale, geometry
+from nanowhale.model.mtp import MTPBlock, next_embeddings, shift_labels
+from nanowhale.fast.loss import head_loss
 
 def small(**kw):
     return WhaleConfig(**dict(dict(
@@ -200,7 +202,7 @@ def whale_and_ids():
 @pytest.mark.parametrize('check', CHECKS)
 def test_right_wiring(check, whale_and_ids): check(*whale_and_ids)
 
-def in_model(name, f): return patch.object(nanowhale.model, name, f)
+def in_model(name, f): return patch.object(nanowhale.model.whale, name, f)
 
 class Collapsed(MTPBlock):
     "Bug 10: fed from the collapsed and normed state, copied to every stream"

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from nanowhale.config import tiny
-from nanowhale.model import Whale
-from nanowhale.optim import Muon, make_optimizers, newton_schulz, schedule, split_params
+from nanowhale.presets import tiny
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import Muon, make_optimizers, newton_schulz, schedule, split_params
 
 @pytest.mark.parametrize('shape', [(4, 4), (3, 9), (9, 3), (2, 5, 7), (2, 3, 7, 4), (1, 6), (6, 1)])
 def test_newton_schulz_is_the_orthogonal_factor(shape):
@@ -23,7 +23,7 @@ def test_against_torch_muon():
     ours,theirs = nn.Parameter(w.clone()),nn.Parameter(w.clone())
     a = Muon([ours], lr=0.05, momentum=0.9, weight_decay=0.3, scale=0.2)
     b = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.3, nesterov=True, adjust_lr_fn='match_rms_adamw', ns_steps=5)
-    import nanowhale.optim as o
+    import nanowhale.train.optim as o
     was,o.newton_schulz = o.newton_schulz,lambda G: was(G, ((3.4445, -4.7750, 2.0315),)*5)
     try:
         for _ in range(5):

@@ -10,8 +10,8 @@ judged at lower rates, and the table shows both, with the other batch size as th
 import argparse, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest
-from nanowhale.checkpoint import checkpoints
-from nanowhale.model import Whale
+from nanowhale.train.checkpoint import checkpoints
+from nanowhale.model.whale import Whale
 from runs import PATIENCE, environment, jsonl, metrics, provenance, texts
 
 def door(folder):

@@ -23,9 +23,9 @@ from unittest.mock import patch
 import pytest, torch
 from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
-from nanowhale import rope
-from nanowhale.config import WhaleConfig
-from nanowhale.model import Whale
+from nanowhale.model import rope
+from nanowhale.model.config import WhaleConfig
+from nanowhale.model.whale import Whale
 
 LIMITS = dict(logits=50, loss=1e-5, grads=50, logits64=1e-10, loss64=1e-10, grads64=1e-6)   # logits, grads: times their cost
 ROUNDING = 2**-20    # relative: eight roundings to float32 in a row

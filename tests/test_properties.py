@@ -7,18 +7,28 @@ from dataclasses import replace
 import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch.testing import assert_close
-from nanowhale import chat, compress, hyper, mla, moe, mtp, rope
-from nanowhale.config import CSA, HCA, SWA, WhaleConfig, count_params, mean_entries, mean_keys
-from nanowhale.data import encode, is_held_out, pack, pieces, split_held_out, train_tokenizer
-from nanowhale.evaluate import entropy, evaluate
-from nanowhale.generate import draw, generate, left_pad, warp
-from nanowhale.legacy import pair_order, reorder
-from nanowhale.model import Cache, Whale
-from nanowhale.optim import newton_schulz, schedule
-from nanowhale.speculate import residual, speculate
-from nanowhale.step import Recipe, add_gradients
-from nanowhale.stream import pack_texts
-from nanowhale.weights import native_name, stack_experts, translate
+from nanowhale.generate import chat
+from nanowhale.model import compress
+from nanowhale.model import hyper
+from nanowhale.model import attention as mla
+from nanowhale.model import moe
+from nanowhale.model import mtp
+from nanowhale.model import rope
+from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
+from nanowhale.presets import count_params, mean_entries, mean_keys
+from nanowhale.train.data import (encode, is_held_out, pack, pieces, split_held_out,
+    train_tokenizer)
+from nanowhale.train.evaluate import entropy, evaluate
+from nanowhale.generate.sample import draw, generate, left_pad, warp
+from nanowhale.generate.legacy import pair_order, reorder
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import newton_schulz, schedule
+from nanowhale.generate.speculate import residual, speculate
+from nanowhale.train.recipe import Recipe
+from nanowhale.train.step import add_gradients
+from nanowhale.train.stream import pack_texts
+from nanowhale.generate.weights import native_name, stack_experts, translate
 from test_parity import randomise
 
 def examples(n):
@@ -222,7 +232,7 @@ def test_experts_have_no_order(seed, E, data, score):
         idx,w = moe.route(scores, bias[p], k, 1.5)
         same(w.sum(-1), torch.full((M,), 1.5, dtype=torch.float64))
         assert moe.expert_load(idx, E).sum()==M*k and all(len(set(r.tolist()))==k for r in idx)
-        return moe.dispatch(x, idx, w, gate_up[p], down[p], 10.), moe.balance_loss(scores[None], idx[None])
+        return moe.run_experts(x, idx, w, gate_up[p], down[p], 10.), moe.balance_loss(scores[None], idx[None])
     p = torch.randperm(E, generator=torch.Generator().manual_seed(seed))
     for a,b in zip(run(torch.arange(E)), run(p)): same(a, b)
 
@@ -231,7 +241,7 @@ def test_experts_have_no_order(seed, E, data, score):
 def test_experts_gradient(seed):
     idx,w = torch.tensor([[0,2],[2,1],[0,1]]),numbers(seed, 3, 2).requires_grad_()
     args = numbers(seed+1, 3, 4).requires_grad_(),w,numbers(seed+2, 3, 4, 4).requires_grad_(),numbers(seed+3, 3, 4, 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w, gu, d: moe.dispatch(x, idx, w, gu, d, 0.7), args)
+    assert torch.autograd.gradcheck(lambda x, w, gu, d: moe.run_experts(x, idx, w, gu, d, 0.7), args)
 
 @examples(40)
 @given(st.integers(1, 60), st.integers(1, 12), st.data())

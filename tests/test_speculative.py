@@ -12,12 +12,13 @@ from pathlib import Path
 from unittest.mock import patch
 import pytest, torch
 from torch.testing import assert_close
-import nanowhale.speculate as spec
-from nanowhale.config import WhaleConfig
-from nanowhale.generate import Rows, draw, generate, left_pad, warp
-from nanowhale.mla import KVCache
-from nanowhale.model import Cache, Whale, geometry
-from nanowhale.speculate import Drafter, distributions, residual, speculate, verify
+import nanowhale.generate.speculate as spec
+from nanowhale.model.config import WhaleConfig
+from nanowhale.generate.sample import Rows, draw, generate, left_pad, warp
+from nanowhale.generate.cache import KVCache
+from nanowhale.generate.cache import Cache
+from nanowhale.model.whale import Whale, geometry
+from nanowhale.generate.speculate import Drafter, distributions, residual, speculate, verify
 
 V,PERIOD = 12,[2, 3, 4, 5, 3, 6, 7, 2, 8, 9, 4, 10, 11]   # the next token needs the one before it; some need more
 
@@ -118,7 +119,7 @@ class Sticky(KVCache):
 
 @pytest.mark.parametrize('ring', [SmallRing, OneShort, Sticky])
 def test_rollback_bugs_show(trained, ring):
-    with patch('nanowhale.model.KVCache', ring):
+    with patch('nanowhale.generate.cache.KVCache', ring):
         assert max(worst_after_rollbacks(with_window(trained, w), 3) for w in (4, 6))>1e-3
 
 def test_forgotten_rewind_shows(trained):
@@ -156,7 +157,7 @@ def test_drafts_are_those_of_the_uncached_block(trained):
 @torch.inference_mode()
 def test_first_draft_is_what_training_teaches(trained):
     "The MTP logits that the training loss sees at position i, from next_embeddings, are the drafter's"
-    from nanowhale.mtp import next_embeddings
+    from nanowhale.model.mtp import next_embeddings
     ids = torch.tensor([pattern(random.Random(3), 15)])
     out,block = trained(ids),trained.mtp[0]
     h,_ = block(out.streams, next_embeddings(trained.model.embed_tokens(ids)), *geometry(trained.cfg, ids))
@@ -350,7 +351,7 @@ def main():
     p.add_argument('--repeats', type=int, default=5, help='how often each is timed (default: 5)')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='processor threads')
     a = p.parse_args()
-    from nanowhale.data import embedded_corpus, load_tokenizer, split_held_out
+    from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
     torch.set_num_threads(a.threads)
     whale,tok = Whale.from_pretrained(a.model).eval(),load_tokenizer(a.model)
     held = [t for t in split_held_out(embedded_corpus())[1] if len(t)>400]

@@ -3,14 +3,15 @@ import copy, inspect, math, random
 from dataclasses import asdict, replace
 import pytest, torch
 from torch.testing import assert_close
-import nanowhale.step as S, nanowhale.train as T
-from nanowhale.checkpoint import load_trainer_state, trainer_state
-from nanowhale.config import tiny, tiny_v4
-from nanowhale.evaluate import evaluate
-from nanowhale.model import Whale
-from nanowhale.optim import make_optimizers
-from nanowhale.step import (CARD, RECIPES, Recipe, add_gradients, first_not_finite, get_recipe, gradient_norms, load_balance, load_entropy, n_targets,
-    part_of, train_step)
+import nanowhale.train.step as S, nanowhale.train.loop as T
+from nanowhale.train.checkpoint import load_trainer_state, trainer_state
+from nanowhale.presets import tiny, tiny_v4
+from nanowhale.train.evaluate import evaluate
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import make_optimizers
+from nanowhale.train.recipe import CARD, RECIPES, Recipe, get_recipe
+from nanowhale.train.step import (add_gradients, first_not_finite, gradient_norms, load_balance,
+    load_entropy, n_targets, part_of, train_step)
 from runs import jsonl, metrics, texts
 
 def packed(n, T, V=300, seed=0):

@@ -2,10 +2,10 @@
 import gzip, http.server, importlib.util, json, os, re, signal, threading, time
 from contextlib import contextmanager
 import pytest, torch, zstandard
-import nanowhale.stream as S
-import nanowhale.train as T
-from nanowhale.data import is_held_out, train_tokenizer
-from nanowhale.stream import Blocks, Documents, Stream, held_out_texts
+import nanowhale.train.stream as S
+import nanowhale.train.loop as T
+from nanowhale.train.data import is_held_out, train_tokenizer
+from nanowhale.train.stream import Blocks, Documents, Stream, held_out_texts
 from runs import SMALL, jsonl, metrics, texts
 
 TEXTS = texts(60, words=30)
@@ -114,7 +114,7 @@ def test_blank_documents_and_copies(tmp_path):
 
 def test_documents_longer_than_a_row(tmp_path):
     "Their pieces overlap by a token, each token is a target once, and no row mixes two numbers for one document"
-    from nanowhale.mtp import shift_labels
+    from nanowhale.model.mtp import shift_labels
     train = [t for t in texts(30, words=500, seed=4) if not is_held_out(t)]
     (tmp_path/'a.jsonl').write_text(jsonl(train))
     block = Stream(blocks(str(tmp_path/'a.jsonl'), 10**9)).next_block()
@@ -215,7 +215,7 @@ def test_failed_reads_are_tried_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize('at', [1, 7, 33, 59])
 def test_a_break_in_the_middle_of_a_block_loses_nothing(tmp_path, monkeypatch, at):
     "The connection breaks twice after `at` documents: they are read again, each still comes once"
-    import nanowhale.data as data
+    import nanowhale.train.data as data
     path,real,breaks = write(tmp_path, 'jsonl'),data.read_file,[2]
     def breaking(*a):
         for i,t in enumerate(real(*a)):

@@ -3,16 +3,17 @@ import json, shutil, signal
 from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
-import nanowhale.step as step
-import nanowhale.train as T
-from nanowhale.config import tiny
-from nanowhale.data import encode, load_tokenizer, pack
-from nanowhale.evaluate import evaluate
-from nanowhale.model import Whale
-from nanowhale.optim import make_optimizers
-from nanowhale.step import Recipe, add_gradients, train_step
-from nanowhale.stream import held_out_texts
-from nanowhale.train import as_cell
+import nanowhale.train.step as step
+import nanowhale.train.loop as T
+from nanowhale.presets import tiny
+from nanowhale.train.data import encode, load_tokenizer, pack
+from nanowhale.train.evaluate import evaluate
+from nanowhale.model.whale import Whale
+from nanowhale.train.optim import make_optimizers
+from nanowhale.train.recipe import Recipe
+from nanowhale.train.step import add_gradients, train_step
+from nanowhale.train.stream import held_out_texts
+from nanowhale.train.loop import as_cell
 
 def packed(n, T, V=60, seed=0):
     "Random rows with document boundaries and padding in unequal places"

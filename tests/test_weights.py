@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest, torch, transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-import nanowhale.weights as weights
-from nanowhale.model import Whale
-from nanowhale.weights import (INDEX, WEIGHTS, atomic, check_keys, n_mtp, native_name, read_config, read_file, read_json, read_weights,
-    translate, write_weights)
+import nanowhale.generate.weights as weights
+from nanowhale.model.whale import Whale
+from nanowhale.train.files import INDEX, WEIGHTS, atomic, read_file, read_json
+from nanowhale.generate.weights import (check_keys, n_mtp, native_name, read_config,
+    read_weights, translate, write_weights)
 from runs import PATIENCE
 from test_parity import pair, randomise, same_logits, small
 
@@ -262,7 +263,7 @@ HOSTILE = dict(   # what a file may claim: (how, what the one line must name)
 
 LIMITED = """
 import json, resource, sys, torch
-from nanowhale.model import Whale
+from nanowhale.model.whale import Whale
 Whale.from_pretrained(sys.argv[1])                            # everything that is loaded on first use
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used+2**29, -1))
@@ -329,7 +330,7 @@ def test_a_failed_write_keeps_the_old_file(whale, tmp_path, monkeypatch):
 def test_a_killed_writer_keeps_the_old_file(tmp_path):
     "The process dies without cleaning up; the name still leads to the whole old file, and the next write succeeds"
     write_weights({'w': torch.zeros(3)}, tmp_path)
-    code = ('import os, sys; from nanowhale.weights import atomic\n'
+    code = ('import os, sys; from nanowhale.train.files import atomic\n'
             'with atomic(sys.argv[1]) as tmp: tmp.write_text("half"); os._exit(9)')
     root = os.path.dirname(os.path.dirname(os.path.abspath(weights.__file__)))
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path/WEIGHTS)], cwd=root, env=os.environ|dict(PYTHONPATH=root))

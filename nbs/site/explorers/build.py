@@ -11,9 +11,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 import torch
-from nanowhale.data import load_tokenizer
-from nanowhale.model import Whale, geometry
-from nanowhale.mtp import next_embeddings
+from nanowhale.train.data import load_tokenizer
+from nanowhale.model.whale import Whale, geometry
+from nanowhale.model.mtp import next_embeddings
 
 SENTENCE = 'If the file cannot be opened, an exception is raised; otherwise the method returns a new string object.'
 FACTS = ('held-out loss, nats per token', 'held-out bits per byte', 'held-out token accuracy', 'targets seen in training')
