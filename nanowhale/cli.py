@@ -26,7 +26,7 @@ def train(
 ):
     "Train a whale, measure it on text it has not seen, and save a folder that transformers can load"
     from nanowhale import chat   # noqa: F401  with it `train` knows conversations
-    from nanowhale.train.loop import train
+    from nanowhale.run import train
     return train(preset, recipe, out, seed, device, resume, tensorboard, **changes)
 
 # %% ../nbs/appendix/91_cli.ipynb #e6f8f732
@@ -51,6 +51,7 @@ def generate(
     from nanowhale.train.data import encode, load_tokenizer
     from nanowhale.generate.sample import TextStream, generate, check_rules, whole_number
     from nanowhale.fast.graph import Decoder
+    from nanowhale.fast.kernels import use
     from nanowhale.model.whale import Whale
     from nanowhale.generate.speculate import speculate
     from nanowhale.train.loop import pick_device
@@ -64,7 +65,7 @@ def generate(
     if prompt is None: prompt = sys.stdin.read().rstrip('\n')
     try: prompt.encode()
     except UnicodeEncodeError: raise ValueError('the prompt is not UTF-8 text') from None
-    whale,tok = Whale.from_pretrained(folder).to(device),load_tokenizer(folder)
+    whale,tok = use(Whale.from_pretrained(folder).to(device)),load_tokenizer(folder)
     if speculative and not len(whale.mtp): raise ValueError(f'{model} has no MTP block to guess with: leave out --speculative')
     ids = torch.tensor([encode(tok, [prompt])[0][:-1]], device=whale.lm_head.weight.device)
     print(prompt, end='', flush=True)
@@ -88,13 +89,14 @@ def chat(
     from nanowhale.generate.chat import Chat, talk
     from nanowhale.train.data import load_tokenizer
     from nanowhale.generate.sample import check_rules
+    from nanowhale.fast.kernels import use
     from nanowhale.model.whale import Whale
     from nanowhale.train.loop import pick_device
     from nanowhale.generate.weights import find_folder
     rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     check_rules(max_new_tokens, **rules)
     device,folder = pick_device(device),find_folder(model)
-    whale,tok = Whale.from_pretrained(folder).to(device),load_tokenizer(folder)
+    whale,tok = use(Whale.from_pretrained(folder).to(device)),load_tokenizer(folder)
     if not tok.chat_template: print(f'{model} was not trained on conversations: it goes on with the text, more or less', file=sys.stderr)
     most = min(max_new_tokens, whale.cfg.max_position_embeddings//2)
     conversation = Chat(whale, tok, most, system, **rules)
@@ -117,13 +119,14 @@ def evaluate(
     from nanowhale.train.stream import held_out_texts
     from nanowhale.train.evaluate import evaluate, xz_bits_per_byte
     from nanowhale.generate.sample import whole_number
+    from nanowhale.fast.kernels import use
     from nanowhale.model.whale import Whale
     from nanowhale.train.loop import pick_device
     from nanowhale.generate.weights import find_folder
     for name,value in dict(context=context, batch_size=batch_size, documents=documents).items(): whole_number(name, value, 1)
     device,folder = pick_device(device),find_folder(model)
     texts = list(islice(read_texts(data, field), documents)) if data else held_out_texts(None)[0]
-    whale,tok = Whale.from_pretrained(folder).to(device),load_tokenizer(folder)
+    whale,tok = use(Whale.from_pretrained(folder).to(device)),load_tokenizer(folder)
     scores = evaluate(whale, pack(encode(tok, texts), context, tok.pad_token_id), n_bytes=sum(len(t.encode()) for t in texts), batch_size=batch_size)
     for name,key in {'loss, nats per token':'loss', 'bits per byte':'bits_per_byte', 'token accuracy':'accuracy', 'mean entropy, nats':'entropy'}.items():
         print(f'{name}: {scores[key]:.4f}')

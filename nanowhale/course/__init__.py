@@ -1,0 +1,1 @@
+"""What the notebooks need and the package does not: figures, exercises, their checker"""

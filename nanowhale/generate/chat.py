@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from ..train.data import apart, first_line, marks, with_marks
 from .sample import TextStream, generate
-from ..train.loop import RUNS, HeldOut, Run
+from ..train.loop import HeldOut, Run
 
 # %% ../../nbs/3_generation/26_chat.ipynb #02c7efa3
 ROLES = ('system', 'user', 'assistant')
@@ -203,9 +203,9 @@ def for_answers(
 # %% ../../nbs/3_generation/26_chat.ipynb #23479908
 class ChatRun(Run):
     "A run on conversations"
-    held_out,fit_tokenizer,try_it = HeldOutChats,staticmethod(for_answers),'chat'
-
-RUNS['chat'] = ChatRun
+    held_out = HeldOutChats
+    fit_tokenizer = staticmethod(for_answers)
+    try_it = 'chat'
 
 # %% ../../nbs/3_generation/26_chat.ipynb #a7875a7c
 class Chat:

@@ -9,12 +9,12 @@ __all__ = ['MOST_SEED', 'scale_temperature', 'keep_top_k', 'keep_top_p', 'keep_m
 
 # %% ../../nbs/3_generation/24_sample.ipynb #d155b28d
 import math, operator
-from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..model.rope import upcast
 from .cache import Cache
 from ..model.whale import check_batch
+from ..train.evaluate import evaluating
 
 # %% ../../nbs/3_generation/24_sample.ipynb #bef18bec
 def scale_temperature(

@@ -27,6 +27,7 @@ from ..generate.sample import whole_number
 from ..model.hyper import HyperConnection
 from ..model.whale import Whale
 from ..model.moe import Router
+from ..fast.kernels import use
 from ..train.optim import make_optimizers
 from ..train.recipe import Recipe, get_recipe
 from ..train.step import train_step
@@ -114,9 +115,10 @@ def begin(
     cfg,recipe,change = setup(name, **more)
     rows,held = material(cfg.vocab_size, recipe.context, seed)
     torch.manual_seed(seed)
-    whale,n = Whale(cfg),recipe.rows
+    whale = use(Whale(cfg))
+    n = recipe.rows
     if change: change(whale)
-    opts = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+    opts = [use(opt) for opt in make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)]
     def step(i):
         at = torch.arange(i*n, (i+1)*n)%len(rows['docs'])
         return train_step(whale, whale, opts, {k: v[at] for k,v in rows.items()}, recipe, i)

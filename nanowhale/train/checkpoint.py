@@ -20,7 +20,7 @@ from .data import MARKS, first_line
 from ..model.whale import Whale
 from .optim import spread_as, whole
 from .parallel import rank
-from .files import atomic, read_json
+from .files import atomic, atomic_folder, read_json, sync, write_json
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #9095b85e
 try: import fcntl

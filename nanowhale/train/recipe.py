@@ -45,6 +45,7 @@ class Recipe:
     evals: int = 3                 # measurements of the held-out loss, each with a checkpoint, evenly over the run
     keep: int = 2                  # last checkpoints to keep; the best one stays as well
     patience: int = 10             # steps in a row that may be skipped, their gradient not being finite
+    kernels: str = 'fast'          # fast, or plain: the model as its chapters write it, slower, to check an idea
     compile: bool = False          # make programs of the model's parts before the first step: up to a minute then, faster steps afterwards
 
     def __post_init__(self):
@@ -53,7 +54,7 @@ class Recipe:
             check_kind(f.name, v, f.type)
             least = 1 if f.name in ('steps', 'batch_size', 'accum', 'context', 'buffer', 'evals', 'keep', 'patience') else 0
             if isinstance(v, (int, float)) and not v>=least: raise ValueError(f'{f.name}={v}: a recipe needs at least {least} here')
-        for name,known in dict(precision=('fp32', 'bf16'), parallel=('ddp', 'fsdp')).items():
+        for name,known in dict(precision=('fp32', 'bf16'), parallel=('ddp', 'fsdp'), kernels=('fast', 'plain')).items():
             if getattr(self, name) not in known: raise ValueError(f'{name}={getattr(self, name)!r}: choose {" or ".join(known)}')
         if self.compile and self.parallel=='fsdp':
             raise ValueError('compile and parallel=fsdp do not go together: what lies outside of the blocks would get no gradient; choose ddp')

@@ -9,11 +9,10 @@ __all__ = ['PARTS', 'n_targets', 'n_queries', 'n_terms', 'watching_mixes', 'cast
 # %% ../../nbs/2_training/18_step.ipynb #c196a4e5
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from ..model.visibility import document_starts, make_blocks
-from .recipe import INSTEAD, Recipe
+from ..model.visibility import make_blocks, whole_rows
+from .recipe import Recipe
 from ..model.config import CSA
 from ..model.hyper import HyperConnection
 from ..model.whale import Whale
@@ -37,8 +36,7 @@ def n_queries(
 ) -> Tensor:       # []
     "How many queries teach an indexer: those that see an entry; none where no layer has one"
     if CSA not in [kind for kind,_ in cfg.kinds]: return docs.new_zeros(())
-    pos = torch.arange(docs.shape[1], device=docs.device)
-    return make_blocks(cfg, CSA, pos, None, docs, document_starts(docs))[0].seen.any(-1).sum()
+    return make_blocks(cfg, CSA, whole_rows(cfg, docs, docs), None).seen.any(-1).sum()
 
 def n_terms(
     cfg,                       # a `WhaleConfig`
