@@ -262,7 +262,7 @@ def test_deep_conversations(): limited({0: lambda: chat.parse_chat('['*10**5), 1
 
 def test_nothing_in_the_package_can_run_code_out_of_a_file():
     "No pickle and its kin, no eval or exec, no torch.load"
-    for path in sorted((ROOT/'nanowhale').glob('*.py')):
+    for path in sorted((ROOT/'nanowhale').rglob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             names = [a.name for a in node.names]+[getattr(node, 'module', '')] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             assert not {n.split('.')[0] for n in names if n}&{'pickle', 'cPickle', 'dill', 'shelve', 'marshal', 'joblib', 'cloudpickle', 'runpy'}, path

@@ -1,4 +1,4 @@
-"""Every check of tests/bugs.py is green on the healthy code, and red on the bug it is there for"""
+"""Every check of tests/tools/bugs.py is green on the healthy code, and red on the bug it is there for"""
 import sys
 import pytest
 from bugs import BUGS, CHECKS, planted, red, same_as_transformers

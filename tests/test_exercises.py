@@ -13,7 +13,7 @@ MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
 def cells(nb, kind): return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
 def section(nb): return next((t.partition('## Exercises')[2].partition('\n## ')[0] for t in cells(nb, 'markdown') if '## Exercises' in t), '')
 
-SECTIONS = {nb.stem: section(nb) for nb in sorted(NBS.glob('[0-9]*.ipynb')) if section(nb)}
+SECTIONS = {nb.stem: section(nb) for nb in sorted(NBS.glob('[!s]*/[0-9]*.ipynb')) if section(nb)}
 SOLUTIONS = sorted((NBS/'solutions').glob('*.ipynb'))
 ASKED = {name: (stem, text) for stem,text in SECTIONS.items() for name in re.findall(r"^check\('(\w+)', \w+\)$", text, flags=re.M)}
 
@@ -159,7 +159,7 @@ def test_solutions_do_not_call_what_they_solve():
             for name in re.findall(r"^check\('(\w+)'", c, flags=re.M):
                 assert not re.search(rf'\b(EXERCISES|answer|{name})\b', c.split('\ncheck(')[0]), (nb.name, name)
 
-# ---------------------------------------------------------------- tests/course.py
+# ---------------------------------------------------------------- tests/tools/course.py
 
 def test_the_course_is_counted_right(tmp_path):
     md = '# A title\n\nTwo words [here](there.ipynb).\n\n```python\nnot this\n```\n\n$$x+y$$\n\n'

@@ -229,7 +229,7 @@ def test_freeze_writes_what_is_installed(tmp_path):
 def test_every_import_is_required():
     "numpy comes with transformers, fsspec and pyarrow with datasets"
     known = {re.match(r'[\w-]+', r)[0] for r in settings()['requirements'].split()}|{'numpy', 'fsspec', 'pyarrow', 'nanowhale'}|set(sys.stdlib_module_names)
-    for path in sorted((ROOT/'nanowhale').glob('*.py')):
+    for path in sorted((ROOT/'nanowhale').rglob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             outside = isinstance(node, ast.ImportFrom) and not node.level
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if outside else []
@@ -238,7 +238,7 @@ def test_every_import_is_required():
 def test_the_version_stands_in_one_place():
     "settings.ini; the export writes it into the package, setup.py reads it"
     number = settings()['version']
-    for path in [ROOT/'setup.py', *(ROOT/'nanowhale').glob('[!_]*.py')]: assert number not in path.read_text(encoding='utf-8'), path.name
+    for path in [ROOT/'setup.py', *(ROOT/'nanowhale').rglob('[!_]*.py')]: assert number not in path.read_text(encoding='utf-8'), path.name
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

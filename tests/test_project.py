@@ -47,7 +47,8 @@ def changed(folder, script):
 
 def source(nb): return '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code')
 def exports_to(nb): return re.findall(r'^#\|\s*default_exp\s+(\S+)', source(nb), flags=re.M)
-def origin(module): return (m := re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', module.read_text(encoding='utf-8'))) and ROOT/'nbs'/m[1]
+def origin(module): return (m := re.search(r'File to edit: (?:\.\./)+nbs/(\S+\.ipynb)', module.read_text(encoding='utf-8'))) and ROOT/'nbs'/m[1]
+def dotted(module): return '.'.join(module.relative_to(ROOT/'nanowhale').with_suffix('').parts)
 
 # ---------------------------------------------------------------- notebooks and modules
 
@@ -59,14 +60,14 @@ def test_clean_leaves_no_diff(tmp_path):
     bad = changed(copy_to(tmp_path), 'from nbdev.clean import nbdev_clean; nbdev_clean()')
     assert not bad, f'run nbdev_clean: {bad}'
 
-@pytest.mark.parametrize('module', MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize('module', MODULES, ids=dotted)
 def test_module_comes_from_a_live_notebook(module):
     nb = origin(module)
     assert nb, f'{module.name} names no notebook: nothing in nanowhale/ is written by hand'
     assert nb.exists(), f'{module.name} is an orphan: {nb.name} is gone'
-    assert exports_to(nb)==[module.stem], f'{module.name} is an orphan: {nb.name} exports to {exports_to(nb)}'
+    assert exports_to(nb)==[dotted(module)], f'{module.name} is an orphan: {nb.name} exports to {exports_to(nb)}'
 
-@pytest.mark.parametrize('module', MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize('module', MODULES, ids=dotted)
 def test_module_compiles_without_a_warning(module):
     with warnings.catch_warnings():
         warnings.simplefilter('error')   # LaTeX in a subtitle becomes a docstring with invalid escapes
@@ -74,9 +75,9 @@ def test_module_compiles_without_a_warning(module):
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
 def test_chapters_import_only_earlier_ones(nb):
-    chapter = {m.stem: origin(m).name for m in MODULES if origin(m)}
-    used = set(re.findall(r'^\s*from nanowhale\.(\w+) import', source(nb), flags=re.M))
-    late = sorted(m for m in used if chapter.get(m, '')>nb.name and m!='figures')
+    chapter = {dotted(m): origin(m).name for m in MODULES if origin(m)}
+    used = set(re.findall(r'^\s*from nanowhale\.([\w.]+) import', source(nb), flags=re.M))
+    late = sorted(m for m in used if chapter.get(m, '')>nb.name and not m.startswith('course.'))
     assert not late or nb.parent.name=='solutions', f'{nb.name} imports from later chapters: {late}'
     stars = re.findall(r'^\s*from \S+ import \*.*', source(nb), flags=re.M)
     assert not stars, f'{nb.name}: {stars[0]}'
@@ -89,8 +90,10 @@ def test_links_between_notebooks_live(nb):
 
 def test_notebooks_leave_nothing_behind():
     "After nbdev_test, which runs them in nbs/: what a notebook writes belongs in a temporary folder"
-    known = ('images', 'site', 'solutions', '.ipynb_checkpoints', '.last_checked')
-    left = sorted(p.name for p in (ROOT/'nbs').iterdir() if p.suffix!='.ipynb' and p.name not in known)
+    known = ('.ipynb_checkpoints', '.last_checked')
+    folders = [ROOT/'nbs', *{nb.parent for nb in NOTEBOOKS}]
+    parts = [*folders, ROOT/'nbs/images', ROOT/'nbs/site']
+    left = sorted(p.name for f in folders for p in f.iterdir() if p.suffix!='.ipynb' and p not in parts and p.name not in known)
     assert not left, f'nbs/ holds {left}'
 
 # ---------------------------------------------------------------- README and .ci/run
@@ -132,7 +135,8 @@ def test_wheel_says_what_settings_say(wheel):
 
 def test_wheel_installs_elsewhere_and_imports(wheel, tmp_path):
     run('-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel, cwd=tmp_path)
-    names = ['.'.join(m.relative_to(ROOT).with_suffix('').parts) for m in MODULES]+['nanowhale', 'nanowhale._modidx']
+    names = ['nanowhale.'+dotted(m) for m in MODULES if m.parent.name!='course']+['nanowhale', 'nanowhale._modidx']
+    assert not (tmp_path/'site/nanowhale/course').exists()      # what only the notebooks need
     code = f'import importlib\nfor n in {sorted(names, reverse=True)}: print(importlib.import_module(n).__file__)'
     files = run('-c', code, cwd=tmp_path, path=tmp_path/'site').splitlines()
     assert len(files)==len(names) and all(f.startswith(str(tmp_path/'site')) for f in files), files

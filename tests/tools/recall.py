@@ -1,10 +1,10 @@
 """What reaches beyond the window? Associative recall, by kind of attention and by distance; books, by position; and the cost of a long memory.
 
-    python tests/recall.py recall --kinds window csa hca all --seeds 0 1 2     results/recall.json
-    python tests/recall.py books --data FILE.jsonl                             results/books.json
-    python tests/recall.py decode                                              results/decode.json
-    python tests/recall.py look --model FOLDER                                 results/look.json
-    python tests/recall.py --help
+    python tests/tools/recall.py recall --kinds window csa hca all --seeds 0 1 2     results/recall.json
+    python tests/tools/recall.py books --data FILE.jsonl                             results/books.json
+    python tests/tools/recall.py decode                                              results/decode.json
+    python tests/tools/recall.py look --model FOLDER                                 results/look.json
+    python tests/tools/recall.py --help
 
 Recall: the text is a stream of pairs, key and value. Half of them are new while there are keys left, the others repeat an
 earlier pair; the value of a repeated pair can be known, and it is all that is learned and measured. Rows to train on have from
@@ -199,7 +199,7 @@ if __name__=='__main__':
     parser.add_argument('--model', default='v4', help='checkpoint folder to look into')
     parser.add_argument('--out')
     args = parser.parse_args()
-    command,out = f'python tests/recall.py {args.what}',args.out or f'results/{args.what}.json'
+    command,out = f'python tests/tools/recall.py {args.what}',args.out or f'results/{args.what}.json'
     if args.what=='decode':
         for r in decode(args.lengths): print(r, flush=True); add_to(out, r | provenance(command), ('kind', 'context'))
     elif args.what=='look':

@@ -1,7 +1,7 @@
 """Which lines of the package run, in the notebooks, in the tests, and in both together
 
-    python tests/cover.py                             a table by module, in about half an hour on two cores
-    python tests/cover.py --out results/trust.json    the same, kept under `coverage`
+    python tests/tools/cover.py                             a table by module, in about half an hour on two cores
+    python tests/tools/cover.py --out results/trust.json    the same, kept under `coverage`
 
 A chapter does not run its own module: its cells define the same code again. So a module counts as run where later chapters use it.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 SETTINGS = '[run]\nsource = nanowhale\nparallel = true\npatch =\n    subprocess\n    _exit\ndata_file = {d}/.coverage\n[report]\nomit = */_modidx.py\n'
-PARTS = dict(notebooks=['tests/notebooks.py', 'check', '--jobs', '2'], tests=['-m', 'pytest', '-q', '-n', '2', '--dist', 'loadfile', 'tests'])
+PARTS = dict(notebooks=['tests/tools/notebooks.py', 'check', '--jobs', '2'], tests=['-m', 'pytest', '-q', '-n', '2', '--dist', 'loadfile', 'tests'])
 
 def percents(folder):
     "Per cent of the lines of each module, and of all"
@@ -24,7 +24,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--out', help='a JSON file; the table stands there under `coverage`')
     a = p.parse_args()
-    env,result = os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)),provenance('python tests/cover.py')|dict(minutes={}, percent={})
+    env,result = os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)),provenance('python tests/tools/cover.py')|dict(minutes={}, percent={})
     with tempfile.TemporaryDirectory() as d:
         folders = [Path(d)/n for n in (*PARTS, 'together')]
         for f in folders: f.mkdir(); (f/'rc').write_text(SETTINGS.format(d=f))

@@ -528,7 +528,7 @@ def test_bugs_in_one_kernel_are_seen(bug, monkeypatch):
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_one_kernel_is_one_graph(packed, backward):
-    "Mask, kernel and gate, with gradients, as the compiler takes them apart; for what it writes for a GPU see tests/kernel.py"
+    "Mask, kernel and gate, with gradients, as the compiler takes them apart; for what it writes for a GPU see tests/tools/kernel.py"
     (q,kv,s,_),docs,_ = rows(4, 150, torch.float32)
     docs = docs if packed else None
     def whole(q, kv, s): return attend(q, kv, s, row_mask(torch.arange(150), 37, docs, fused=True))
@@ -591,7 +591,7 @@ def test_where_one_kernel_is_chosen(monkeypatch):
     assert here(96, torch.float32)
 
 def test_one_kernel_is_chosen_where_it_fits(monkeypatch):
-    "What tests/kernel.py found: sizes that are chosen fit on every card, those beyond do not on some; and the kernels compute attention"
+    "What tests/tools/kernel.py found: sizes that are chosen fit on every card, those beyond do not on some; and the kernels compute attention"
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
     found,fits = json.loads((Path(__file__).parents[1]/'results/kernel.json').read_text()),{}
     for r in found['room']:

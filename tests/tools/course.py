@@ -1,7 +1,7 @@
 """The course against its own targets, a row for each notebook: words per code line, sizes of cells, assertions, figures, exercises, seconds.
 
-    python tests/course.py           measure, write results/course.json, print the table; seconds are those of the last --time
-    python tests/course.py --time    run every notebook too, one after the other, for its seconds
+    python tests/tools/course.py           measure, write results/course.json, print the table; seconds are those of the last --time
+    python tests/tools/course.py --time    run every notebook too, one after the other, for its seconds
 
 What is counted: code lines are those of code cells that are neither blank nor a directive. Words are those of the prose; code in
 fences, displayed formulas, the targets of links and the exercises are left out, since they do not explain the code. Assertions
@@ -16,7 +16,7 @@ from statistics import median
 import notebooks
 from runs import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT/'results/course.json'
 TARGETS = dict(   # column -> least and most
     words_per_line=(4, 7), cell_median=(0, 5), cell_p90=(0, 15), cell_max=(0, 40), export_median=(0, 8), export_p90=(0, 20),
@@ -85,9 +85,9 @@ if __name__=='__main__':
     p.add_argument('--time', action='store_true', help='run every notebook for its seconds')
     args = p.parse_args()
     before = json.loads(RESULT.read_text()).get('notebooks', {}) if RESULT.exists() else {}
-    paths = sorted(ROOT.glob('nbs/[0-9]*.ipynb'))
+    paths = sorted(ROOT.glob('nbs/[!s]*/[0-9]*.ipynb'))
     rows = {p.stem: measure(p) | dict(seconds=before.get(p.stem, {}).get('seconds')) for p in paths}
-    head = provenance('python tests/course.py'+' --time'*args.time)
+    head = provenance('python tests/tools/course.py'+' --time'*args.time)
     save = lambda: RESULT.write_text(json.dumps(head | dict(targets=TARGETS, notebooks=rows), indent=1)+'\n')
     for p in paths if args.time else []:
         rows[p.stem]['seconds'] = seconds(p)

@@ -1,6 +1,6 @@
 """The kernels that a GPU would run for attention, on a machine without one
 
-    python tests/kernel.py --out results/kernel.json
+    python tests/tools/kernel.py --out results/kernel.json
 
 PyTorch's compiler is told of a GPU that is not there, and writes what it would write for `attend` with a fused mask, forward and
 backward. That is then (1) compiled to machine code for cards of several kinds, which tells how much memory on their chip it wants, and
@@ -202,7 +202,7 @@ def main():
             child('lower', '8.6', *case, path)
             runs.append(dict(zip(('dtype', 'K', 'T', 'window', 'docs'), case)) | dict(errors=child('interpret', *case, path, TRITON_INTERPRET='1')))
             print(runs[-1], flush=True)
-    Path(a.out).write_text(json.dumps(provenance('python tests/kernel.py') | dict(room=room, runs=runs), indent=1)+'\n')
+    Path(a.out).write_text(json.dumps(provenance('python tests/tools/kernel.py') | dict(room=room, runs=runs), indent=1)+'\n')
 
 if __name__=='__main__':
     if sys.argv[1:2] in (['lower'], ['interpret']): print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))

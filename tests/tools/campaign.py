@@ -1,8 +1,8 @@
 """Everything that can happen to a run, done to real runs and counted: nothing that was reported saved is lost, and the resume is exact
 
-    python tests/campaign.py                              the table, in about ten minutes on one core
-    python tests/campaign.py --out results/trust.json     the same, kept
-    python tests/campaign.py --only truncated clock       some kinds; with --out the others' rows stay
+    python tests/tools/campaign.py                              the table, in about ten minutes on one core
+    python tests/tools/campaign.py --out results/trust.json     the same, kept
+    python tests/tools/campaign.py --only truncated clock       some kinds; with --out the others' rows stay
 
 A run counts as survived when it ended as it should (done, stopped, or one line that says what to do), when every checkpoint that has
 its name can be loaded, and when `--resume`, after mending what the line says, ends with the bits of a run that nothing happened to.
@@ -284,7 +284,7 @@ def main():
                 try: fault(place); row['survived'] += 1
                 except Exception as e: lost.append(dict(kind=kind, number=i, what=f'{type(e).__name__}: {e}'[:500])); print(lost[-1], flush=True)
             print(f'{kind:28} {row["tried"]:3} tried {row["survived"]:3} survived   {time.monotonic()-began:5.0f} s', flush=True)
-    result = dict(**provenance('python tests/campaign.py'+f' --most {a.most}'*(a.most<99)), seed=a.seed,
+    result = dict(**provenance('python tests/tools/campaign.py'+f' --most {a.most}'*(a.most<99)), seed=a.seed,
         minutes=round((time.monotonic()-began)/60, 1), table=table, lost=lost)
     if a.out:
         path = Path(a.out)

@@ -1,9 +1,9 @@
 """How much of its limit does each numerical comparison use? What fills a third of it here may overflow elsewhere.
 
-    pytest --used tests/test_mla.py                  a table at the end, the fullest first
+    pytest --used tests/test_attention.py                  a table at the end, the fullest first
     pytest --used --used-out FILE.json -n 2 tests    the whole list as a file as well
-    python tests/used.py [--out FILE] [NOTEBOOKS]    the same for the cells of notebooks (default: all)
-    python tests/used.py --compare A.json B.json     the worst share of each comparison over several such files
+    python tests/tools/used.py [--out FILE] [NOTEBOOKS]    the same for the cells of notebooks (default: all)
+    python tests/tools/used.py --compare A.json B.json     the worst share of each comparison over several such files
 
 Counted are `assert_close`, `allclose`, `isclose`, `test_close`, `pytest.approx`, and every `a < b` in an assertion that
 compares floats: its share is a/b. A limit is what two ways to compute one thing may differ by; whatever else an
@@ -15,7 +15,7 @@ import argparse, ast, builtins, json, math, operator, os, subprocess, sys, tempf
 from functools import wraps
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FULL = 1/3       # of a limit; above it the comparison is mended
 LARGEST = 0.05   # a limit holds a number as small as this; what holds none is a bound
 ORDER = {ast.Lt: '<', ast.LtE: '<=', ast.Gt: '>', ast.GtE: '>='}
@@ -192,7 +192,7 @@ class Plugin:
 def cells(path, out):
     "In a child: execute one notebook with its assertions watched"
     sys.path[0] = str(ROOT)
-    sys.path.insert(1, str(ROOT/'tests'))
+    sys.path.insert(1, str(ROOT/'tests/tools'))
     import notebooks
     from execnb.shell import CaptureShell
     install()
@@ -227,7 +227,7 @@ def main():
     a = p.parse_args()
     if a.child: return cells(a.files[0], a.child)
     if a.compare: [merge(json.loads(f.read_text())) for f in a.files]
-    else: all_cells([f.resolve() for f in a.files] or sorted((ROOT/'nbs').glob('*.ipynb')))
+    else: all_cells([f.resolve() for f in a.files] or sorted((ROOT/'nbs').rglob('[!.]*.ipynb')))
     print(*table(found), sep='\n')
     if a.out: save(found, a.out)
 

@@ -1,17 +1,17 @@
 """Runs of minutes to hours whose figures stand in results/, each with its command, seed, commit and hardware.
 
-    python tests/measure.py default                    `nanowhale train` as a new user types it                results/tiny.json
-    python tests/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
-    python tests/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
-    python tests/measure.py balance [--seeds 0 1 ...]  does every expert work? bias speeds and weights of the loss  results/balance.json
-    python tests/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
-    python tests/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
-    python tests/measure.py products                   one matrix product, by several libraries                 results/products.json
-    python tests/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
-    python tests/measure.py bench [--repeats N]        `nanowhale bench` at three sizes, in fp32 and in bf16       results/bench.json
-    python tests/measure.py bench_v4 [--repeats N]     the same for the preset with compressed attention          results/bench_v4.json
-    python tests/measure.py explorers [--model FOLDER]  page weight, seconds to the first token, logits      results/explorers.json
-    python tests/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
+    python tests/tools/measure.py default                    `nanowhale train` as a new user types it                results/tiny.json
+    python tests/tools/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
+    python tests/tools/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
+    python tests/tools/measure.py balance [--seeds 0 1 ...]  does every expert work? bias speeds and weights of the loss  results/balance.json
+    python tests/tools/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
+    python tests/tools/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
+    python tests/tools/measure.py products                   one matrix product, by several libraries                 results/products.json
+    python tests/tools/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
+    python tests/tools/measure.py bench [--repeats N]        `nanowhale bench` at three sizes, in fp32 and in bf16       results/bench.json
+    python tests/tools/measure.py bench_v4 [--repeats N]     the same for the preset with compressed attention          results/bench_v4.json
+    python tests/tools/measure.py explorers [--model FOLDER]  page weight, seconds to the first token, logits      results/explorers.json
+    python tests/tools/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
 
 `full` on a GPU is the run to compare recipes at full size: give it as many --steps as the time allows; a run that was cut
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from runs import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MAIN = 'import sys; from nanowhale.cli import main; sys.exit(main())'
 
 def nanowhale(*words, **env):
@@ -36,7 +36,7 @@ def lines(path): return [json.loads(l) for l in Path(path).read_text().splitline
 
 def record(name, **figures):
     "Write results/NAME.json"
-    command = ' '.join(['python tests/measure.py', *(Path(w).name if '/' in w else w for w in sys.argv[1:])])
+    command = ' '.join(['python tests/tools/measure.py', *(Path(w).name if '/' in w else w for w in sys.argv[1:])])
     head = provenance(command) | dict(python=platform.python_version())
     (ROOT/'results'/f'{name}.json').write_text(json.dumps(head|figures, indent=1)+'\n')
     print(json.dumps({k: v for k,v in figures.items() if k!='runs'}, indent=1))
@@ -95,7 +95,7 @@ def tune(args):
     entropy = {v: [r['load_entropy'] for r in runs if r['value']==v] for v in args.values}
     one = dict(held_out_bits_per_byte=table, load_entropy=entropy, seeds=args.seeds, targets=runs[0]['results']['targets seen in training'],
         hardware=runs[0]['hardware'])
-    record('tuning', tables=earlier | {f'{args.recipe}: {args.field}': dict(command=' '.join(['tests/measure.py', *sys.argv[1:]]), **one)})
+    record('tuning', tables=earlier | {f'{args.recipe}: {args.field}': dict(command=' '.join(['tests/tools/measure.py', *sys.argv[1:]]), **one)})
 
 def processor():
     "The processor's name, where the system tells"
@@ -201,7 +201,7 @@ def scaling(args):
 
 def benched(name, preset, sizes, repeats):
     "`nanowhale bench` at these sizes, one after the other, in one file"
-    path,head = ROOT/'results'/f'{name}.json',provenance(f'python tests/measure.py {name}')
+    path,head = ROOT/'results'/f'{name}.json',provenance(f'python tests/tools/measure.py {name}')
     path.unlink(missing_ok=True)
     for dtype,B,T in sizes:
         words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--precision', dtype, '--repeats', repeats]

@@ -1,6 +1,6 @@
 """What happens inside a trained whale, on one sentence and on held-out text, as results/inside.json for chapter 31.
 
-    python tests/inside.py --model FOLDER    a run of `nanowhale train`
+    python tests/tools/inside.py --model FOLDER    a run of `nanowhale train`
 """
 import argparse, json
 from collections import Counter, defaultdict
@@ -81,7 +81,7 @@ def main(folder, rows=48, T=128):
         known_from_token=[rounded(list(known_from_token(pairs[l]))) for l in pairs])
     model = dict(preset=spec['preset'], steps=spec['recipe']['steps'], bits_per_byte=results['held-out bits per byte'], trained_on=results['hardware'])
     held_out = {k: round(v, 3) if isinstance(v, float) else v for k,v in held_out.items()}
-    whole = provenance('python tests/inside.py --model FOLDER') | dict(seed=spec['seed'], whale=model, groups=FAR, sentence=sentence, held_out=held_out)
+    whole = provenance('python tests/tools/inside.py --model FOLDER') | dict(seed=spec['seed'], whale=model, groups=FAR, sentence=sentence, held_out=held_out)
     (ROOT/'results/inside.json').write_text(json.dumps(whole)+'\n')
     print(json.dumps(held_out))
 

@@ -1,8 +1,8 @@
 """Bugs that still train: each is planted into nanowhale, and a named check must turn red.
 
-    python tests/bugs.py             the table: bug, the check that goes red, whether parity with transformers sees it too
-    python tests/bugs.py --all       the table with every check that goes red
-    python tests/bugs.py --train     train with each bug planted, beside the correct model         results/bugs.json
+    python tests/tools/bugs.py             the table: bug, the check that goes red, whether parity with transformers sees it too
+    python tests/tools/bugs.py --all       the table with every check that goes red
+    python tests/tools/bugs.py --train     train with each bug planted, beside the correct model         results/bugs.json
 
 A loss that falls proves little. Each bug here was found in a public port of DeepSeek-V4 and trained happily (numbers as in the
 project's list of bugs that train). A check is a function without arguments that asserts one property of the code as it is at
@@ -745,7 +745,7 @@ def train_all(steps, seeds, out=ROOT/'results'/'bugs.json'):
     torch.set_num_threads(1)
     done = {(r['name'], r['seed'], r['far']) for r in json.loads(out.read_text())} if out.exists() else set()
     def keep(name, number, check, run):
-        about = provenance(f'python tests/bugs.py --train --steps {steps} --seeds {seeds}')
+        about = provenance(f'python tests/tools/bugs.py --train --steps {steps} --seeds {seeds}')
         add_to(out, dict(name=name, number=number, check=check, **run['entry'], **about), ('name', 'seed', 'far'))
         print(name, run['entry']['said'], run['entry']['right'], run['entry']['cpu_seconds'], flush=True)
     healthy = {}

@@ -1,8 +1,8 @@
 """Execute the course's notebooks in fresh processes, keep their stored outputs true, and make README.md.
 
-    python tests/notebooks.py run [FILES]     execute, store the outputs, clean; a second run changes nothing
-    python tests/notebooks.py check [FILES]   execute, write nothing, fail where a stored output is stale
-    python tests/notebooks.py readme          make README.md (and nbs/images/) from nbs/index.ipynb; --check compares
+    python tests/tools/notebooks.py run [FILES]     execute, store the outputs, clean; a second run changes nothing
+    python tests/tools/notebooks.py check [FILES]   execute, write nothing, fail where a stored output is stale
+    python tests/tools/notebooks.py readme          make README.md (and nbs/images/) from nbs/index.ipynb; --check compares
 
 Without FILES, every notebook under `nbs/` is meant. Each runs in a Python process of its own, in its folder, under the
 environment `ENV`, so that nothing leaks from one to the next and no graphics card or network is ever used. Cells
@@ -19,7 +19,7 @@ import argparse, base64, io, json, os, platform, re, subprocess, sys, tempfile, 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NBS, README, IMAGES = ROOT/'nbs', ROOT/'README.md', ROOT/'nbs/images'
 MEAN,MOST = 0.25,32
 ENV = dict(
@@ -41,7 +41,7 @@ def skipped(cell, flags):
 
 def execute(path, dst, allow):
     "Execute the notebook `path`, clean it, and write it to `dst`; exit code 1 names the cell that failed"
-    sys.path[0] = str(ROOT)   # the checkout in place of tests/
+    sys.path[0] = str(ROOT)   # the checkout in place of tests/tools/
     from execnb.nbio import read_nb, write_nb, _dict2obj
     from execnb.shell import CaptureShell
     from nbdev.clean import clean_nb
@@ -148,7 +148,7 @@ def work(files, mode, flags, jobs, exact, timeout, native=False):
 
 def readme():
     "README.md and its pictures, made from nbs/index.ipynb: dict path -> bytes"
-    files,out = {},['<!-- Made from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook, not this file. -->']
+    files,out = {},['<!-- Made from nbs/index.ipynb by `python tests/tools/notebooks.py readme`: edit the notebook, not this file. -->']
     local = lambda m: f'{m[1]}nbs/{m[2]}' if (NBS/m[2].split('#')[0]).exists() else m[0]
     for cell in json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))['cells']:
         src = ''.join(cell['source'])
@@ -176,7 +176,7 @@ def write_readme(check):
     bad = [p for p,b in files.items() if not p.exists() or p.read_bytes()!=b]
     left = set(IMAGES.glob('index-*.png'))-set(files)
     if check:
-        for p in [*bad, *left]: print(f'{p.relative_to(ROOT)} is stale: run `python tests/notebooks.py readme`')
+        for p in [*bad, *left]: print(f'{p.relative_to(ROOT)} is stale: run `python tests/tools/notebooks.py readme`')
         return len(bad)+len(left)
     for p in bad: p.parent.mkdir(exist_ok=True); p.write_bytes(files[p])
     for p in left: p.unlink()
@@ -196,7 +196,7 @@ def main():
     p.add_argument('--timeout', type=float, default=3600, help='seconds after which a notebook is given up (default: 3600)')
     a = p.parse_args()
     if a.mode=='readme': sys.exit(bool(write_readme(a.check)))
-    files = [f.resolve() for f in a.files] or sorted(NBS.glob('*.ipynb'))+sorted(NBS.glob('solutions/*.ipynb'))
+    files = [f.resolve() for f in a.files] or sorted(NBS.rglob('[!.]*.ipynb'))
     if a.native and a.mode=='run': p.error('--native is for check: what is stored is made with the kernels that every processor has')
     if missing := [f for f in files or [NBS/'*.ipynb'] if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
     sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout, a.native)))

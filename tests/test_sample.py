@@ -1,9 +1,9 @@
 """Generation: every rule against transformers' own, cached against uncached decoding, padded rows against rows alone, whole
 texts against transformers' `generate`, and streaming against decoding at once. Bugs of this chapter are planted and must show.
 
-    pytest tests/test_generate.py                   all of it, with 8 configurations for cached = full = transformers, 80 tokens each
-    python tests/test_generate.py --n 100           that comparison over 100 configurations, 300 tokens each: a table of worst errors
-    python tests/test_generate.py --n 1 --seed 7    one configuration alone
+    pytest tests/test_sample.py                   all of it, with 8 configurations for cached = full = transformers, 80 tokens each
+    python tests/test_sample.py --n 100           that comparison over 100 configurations, 300 tokens each: a table of worst errors
+    python tests/test_sample.py --n 1 --seed 7    one configuration alone
 
 Each configuration reads a left-padded batch three times: a prompt and then one by one, in pieces of random sizes with wrong
 tokens read and taken back in between, and at once, by our full forward and by transformers'. Errors are relative to the largest logit

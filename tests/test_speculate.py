@@ -1,8 +1,8 @@
 """Speculative decoding: greedy text identical to plain decoding on 200 prompts, drawn text from the same distribution, logits
 right after every rollback, drafts those of an uncached MTP block; and bugs planted that must show.
 
-    pytest tests/test_speculative.py
-    python tests/test_speculative.py --model FOLDER --out results/speculative.json   acceptance and speed of a trained whale
+    pytest tests/test_speculate.py
+    python tests/test_speculate.py --model FOLDER --out results/speculative.json   acceptance and speed of a trained whale
 
 Speed is measured at batch 1 on continuations of held-out text, with and without drafts in turn; medians over the repeats.
 """
@@ -362,7 +362,7 @@ def main():
     draft = times.pop('draft')
     settings = [(0, None, 1), (0, None, 2), (0, None, 3), (.7, 40, 1), (.7, 40, 2), (.7, 40, 3), (1., None, 1)]
     table = measure(whale, prompts, a.tokens, a.repeats, settings)
-    out = dict(command='python tests/test_speculative.py --model FOLDER --out FILE', hardware=f'{torch.get_num_threads()} threads, torch {torch.__version__}',
+    out = dict(command='python tests/test_speculate.py --model FOLDER --out FILE', hardware=f'{torch.get_num_threads()} threads, torch {torch.__version__}',
         layers=whale.cfg.num_hidden_layers, vocabulary=whale.cfg.vocab_size, prompts=len(prompts), tokens=a.tokens, repeats=a.repeats,
         pass_ms=times, draft_ms=draft, table=table)
     if a.out: Path(a.out).write_text(json.dumps(out, indent=1)+'\n')

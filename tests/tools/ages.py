@@ -1,9 +1,9 @@
 """Ages: does the package work on the oldest and the newest of what `settings.ini` allows?
 
-    python tests/ages.py --python 3.11 --bounds lowest --out results/ages.json
-    python tests/ages.py --python python3.13 --bounds newest --pin torch==2.13.0 --out results/ages.json
-    python tests/ages.py --python 3.12 --bounds tested
-    python tests/ages.py --freeze         write the versions that are installed here into tested.txt
+    python tests/tools/ages.py --python 3.11 --bounds lowest --out results/ages.json
+    python tests/tools/ages.py --python python3.13 --bounds newest --pin torch==2.13.0 --out results/ages.json
+    python tests/tools/ages.py --python 3.12 --bounds tested
+    python tests/tools/ages.py --freeze         write the versions that are installed here into tested.txt
 
 A new environment in a temporary folder, of the Python asked for; the wheel of the last commit, with every requirement at
 its lowest bound, at the newest release that the bounds allow, or as in tested.txt (`--pin` names others); `pip check`,
@@ -101,7 +101,7 @@ def age(args, home):
     ask = f"""import json, sys, importlib.metadata as m
 print(json.dumps(dict(python=sys.version.split()[0], **{{n: m.version(n) for n in {[*map(name, need), 'numpy']}}})))"""
     versions = json.loads(say(python, '-c', ask, cwd=home, env=env).stdout)
-    modules = sorted(p.stem for p in (copy/'nanowhale').glob('*.py') if p.stem!='__init__')
+    modules = sorted('.'.join(p.relative_to(copy/'nanowhale').with_suffix('').parts) for p in (copy/'nanowhale').rglob('[!_]*.py') if p.parent.name!='course')
     look = say(python, '-W', 'error::DeprecationWarning:nanowhale', '-c', 'import importlib, nanowhale\nassert "site-packages" in nanowhale.__file__\n'
         +f'for n in {modules}: importlib.import_module("nanowhale."+n); print(n)', cwd=home, env=env)
     imported,door = look.stdout.split(),say(python.parent/'nanowhale', '--help', cwd=home, env=env).returncode==0
@@ -140,7 +140,7 @@ def main():
     if args.freeze: return freeze(ROOT/TESTED)
     python = say(interpreter(args.python), '-c', 'import sys; print("%d.%d" % sys.version_info[:2])').stdout.strip()
     words = ['--python', python, '--bounds', args.bounds, *(['--pin', *args.pin] if args.pin else []), *(['--tests', *args.tests] if args.tests else [])]
-    head = provenance(' '.join(['python tests/ages.py', *words]))
+    head = provenance(' '.join(['python tests/tools/ages.py', *words]))
     with tempfile.TemporaryDirectory() as d: row = age(args, Path(d))
     torch = row.get('versions', {}).get('torch', 'missing')
     row = head|dict(hardware=re.sub(r'torch .*', f'torch {torch}', head['hardware']))|row

@@ -1,9 +1,9 @@
 """Small mistakes, planted one at a time: does a test notice?
 
-    python tests/mutate.py                                    the table, and the mistakes that nothing notices
-    python tests/mutate.py --out results/mutation.json        the same, kept
-    python tests/mutate.py --only moe optim                   those of some modules; with --out the others' rows stay
-    python tests/mutate.py --out results/mutation.json --again    after a new test: those that nothing noticed, or that are new
+    python tests/tools/mutate.py                                    the table, and the mistakes that nothing notices
+    python tests/tools/mutate.py --out results/mutation.json        the same, kept
+    python tests/tools/mutate.py --only moe optim                   those of some modules; with --out the others' rows stay
+    python tests/tools/mutate.py --out results/mutation.json --again    after a new test: those that nothing noticed, or that are new
 
 A mistake is a line of `MUTANTS`: module, old text, new text. It is made in a copy of the package in a temporary folder, never in
 the checkout. Then the tests of that module run until one fails; if none does, all others of `REST`. `tests/test_project.py` is left
@@ -210,7 +210,7 @@ def pytest_in_child(copy, words, answer, limit):
     for fd in (0, 1, 2): os.dup2(null, fd)
     os.chdir(copy)
     os.environ['PYTHONPATH'] = str(copy)
-    sys.path[:] = [str(copy)]+[p for p in sys.path if Path(p or '.').resolve() not in (ROOT, ROOT/'tests')]
+    sys.path[:] = [str(copy)]+[p for p in sys.path if Path(p or '.').resolve() not in (ROOT, ROOT/'tests', ROOT/'tests/tools')]
     sys.modules.pop('runs', None)
     first = First()
     code = pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *words], plugins=[first])
@@ -252,7 +252,7 @@ def keep(path, rows):
     for r in (json.loads(path.read_text())['mutants'] if path.exists() else [])+rows:
         if (m := (r['module'], r['old'], r['new'])) in known: known[m] = r
     rows = [r for r in known.values() if r]
-    about = provenance('python tests/mutate.py') | dict(commit=', '.join(sorted({r['commit'] for r in rows})))
+    about = provenance('python tests/tools/mutate.py') | dict(commit=', '.join(sorted({r['commit'] for r in rows})))
     path.write_text(json.dumps(dict(**about, planted=len(rows), noticed=sum(bool(r['by']) for r in rows),
         minutes=round(sum(r['seconds'] for r in rows)/60, 1), mutants=rows), indent=1)+'\n')
 
