@@ -17,6 +17,7 @@ SRC = WORK/'src'
 MATHJAX = '3.2.2'
 PARTS = {'1_architecture': 'The architecture', '2_training': 'Training', '3_generation': 'Generation', '4_speed': 'Speed',
     '5_evidence': 'Evidence', '6_beyond': 'Beyond', 'appendix': 'Appendix'}   # folder -> what it is called
+PAGES = dict(CONTRIBUTING='CONTRIBUTING.md', TESTS='tests/README.md', CHANGELOG='CHANGELOG.md')   # of the site -> files
 EXPLORERS = dict(   # folder of nbs/site/explorers -> the chapter that shows it, and what it is called there
     rope=('1_architecture/04_rope', 'only the distance counts'), sinkhorn=('1_architecture/09_hyper', 'reins on a matrix'),
     routing=('1_architecture/08_moe', 'who reads which token'), whale=('3_generation/24_sample', 'a live whale'))
@@ -41,7 +42,7 @@ def shown(): return {name: at for name,at in EXPLORERS.items() if (SITE/'explore
 
 def stamp():
     "One number for all that the site is made of: it tells whether _site/ is still true"
-    files = [*NBS.rglob('*.ipynb'), *(ROOT/'nanowhale').rglob('*.py'), *SITE.rglob('*'), *(ROOT/n for n in ('settings.ini', 'CONTRIBUTING.md', 'CHANGELOG.md'))]
+    files = [*NBS.rglob('*.ipynb'), *(ROOT/'nanowhale').rglob('*.py'), *SITE.rglob('*'), *(ROOT/n for n in ('settings.ini', *PAGES.values()))]
     h = hashlib.sha256()
     for f in sorted(f for f in files if f.is_file() and not {'__pycache__', 'node_modules', '.ipynb_checkpoints'} & {*f.parts}):
         h.update(f.relative_to(ROOT).as_posix().encode()+b'\0'+f.read_bytes())
@@ -122,7 +123,7 @@ def contents(modules):
         at = [f for f in chapters() if f.parent.name==part]
         if at: trees.append(toctree(caption, [f'{f.stem[:2]} {title(read(f))} <{name_of(f)}>' for f in at]))
     if solutions(): trees.append(toctree('Solutions', [f'{title(read(f))} <{name_of(f)}>' for f in solutions()]))
-    return markdown('\n\n'.join([*trees, toctree('Reference', [f'{m} <api/{m}>' for m in modules]), toctree('The project', ['CONTRIBUTING', 'CHANGELOG'])]))
+    return markdown('\n\n'.join([*trees, toctree('Reference', [f'{m} <api/{m}>' for m in modules]), toctree('The project', list(PAGES))]))
 
 # ---------------------------------------------------------------- the whole
 
@@ -144,7 +145,9 @@ def write_sources():
     home = page('index', read(NBS/'index.ipynb'), names)
     home['cells'].append(contents(sorted(pages)) | dict(id='contents'))
     write(SRC/'index.ipynb', json.dumps(home).replace('../CONTRIBUTING.md', 'CONTRIBUTING.md'))
-    for f in ('CONTRIBUTING.md', 'CHANGELOG.md'): shutil.copy(ROOT/f, SRC)
+    for name,path in PAGES.items():
+        text = (ROOT/path).read_text(encoding='utf-8')
+        write(SRC/f'{name}.md', text.replace('(tests/README.md)', '(TESTS.md)').replace('(../CONTRIBUTING.md)', '(CONTRIBUTING.md)'))
     if (NBS/'images').is_dir(): shutil.copytree(NBS/'images', SRC/'images')
 
 def need(program, why):
