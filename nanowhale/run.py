@@ -15,7 +15,6 @@ import torch
 from . import __version__
 from .presets import get_preset
 from .model.moe import max_vio
-from .model.whale import Whale
 from .train.data import encode, first_line
 from .train.parallel import from_first, local_device, ranks
 from .train.recipe import INSTEAD, Recipe, get_recipe
