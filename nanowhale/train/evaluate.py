@@ -19,14 +19,15 @@ def bits_per_byte(
     n_bytes:int,  # bytes of that text in UTF-8
 ) -> float:
     "Bits that a model needs for each byte of a text, whatever its tokens are"
-    if n_bytes<=0: raise ValueError(f'n_bytes={n_bytes}: need the number of bytes of the evaluated text')
+    if n_bytes<=0:
+        raise ValueError(f'n_bytes={n_bytes}: need the number of bytes of the evaluated text')
     return nats/math.log(2)/n_bytes
 
 # %% ../../nbs/2_training/21_evaluate.ipynb #540d8544
 def xz_bits_per_byte(
     data:bytes,  # a text in UTF-8
 ) -> float:
-    "What `xz -9e` needs for each byte, file header included: the yardstick beside a model's bits per byte"
+    "What `xz -9e` needs for each byte, file header included: the yardstick beside a model"
     if not data: raise ValueError('xz_bits_per_byte: no bytes to compress')
     return 8*len(lzma.compress(data, format=lzma.FORMAT_XZ, preset=9|lzma.PRESET_EXTREME))/len(data)
 
@@ -53,20 +54,23 @@ def evaluating(
 # %% ../../nbs/2_training/21_evaluate.ipynb #8fef4844
 def _check_rows(rows, batch_size):
     missing = 'input_ids' not in rows or not len(rows['input_ids'])
-    if missing: raise ValueError('rows: need input_ids [n,T] with at least one row; is the held-out text empty?')
+    if missing:
+        raise ValueError('rows: need input_ids [n,T] with at least one row; '
+            'is the held-out text empty?')
     if batch_size<1: raise ValueError(f'batch_size={batch_size}: need 1 or more')
 
 # %% ../../nbs/2_training/21_evaluate.ipynb #b4f63ff6
 def evaluate(
     whale,              # a `Whale`
-    rows:dict,          # input_ids [n,T], docs [n,T] with -1 for padding, labels [n,T] with -100 where a token is no target; the last two may be missing
+    rows:dict,          # input_ids [n,T]; if given, docs (-1: padding) and labels (-100: no target)
     n_bytes:int=None,   # bytes of the text that the rows hold; None: no bits per byte
     batch_size:int=16,  # rows at a time; changes memory and speed, not the result
-) -> dict:              # loss, mtp_loss (nats per token), bits_per_byte, accuracy, entropy, expert_load [blocks][E], tokens
-    "How well a whale predicts held-out rows: means over all target tokens, as plain numbers that JSON can hold"
+) -> dict:              # losses in nats per token, bits_per_byte, accuracy, entropy, load ...
+    "How well a whale predicts held-out rows: means over all targets, as plain numbers"
     _check_rows(rows, batch_size)
     if n_bytes is not None: bits_per_byte(0, n_bytes)   # refuses a bad number before the work
-    device,docs = whale.lm_head.weight.device,rows.get('docs')
+    device = whale.lm_head.weight.device
+    docs = rows.get('docs')
     tokens = mtp_tokens = nats = mtp_nats = right = expected = load = 0
     with evaluating(whale):
         for i in range(0, len(rows['input_ids']), batch_size):
@@ -76,12 +80,20 @@ def evaluate(
             out = whale(ids, labels=labels, docs=doc)
             targets = shift_labels(labels, 1, doc)
             n,n_mtp = ((shift_labels(labels, by, doc)!=-100).sum().item() for by in (1,2))
-            tokens,nats,load = tokens+n, nats+n*out.loss.item(), load+out.expert_load.cpu().double()
-            if out.mtp_loss is not None: mtp_tokens,mtp_nats = mtp_tokens+n_mtp, mtp_nats+n_mtp*out.mtp_loss.item()
-            for h,y in zip(out.hidden, targets):
-                z,y = whale.lm_head(h[y!=-100]),y[y!=-100]     # the logits of one row at a time
-                right,expected = right+(z.argmax(-1)==y).sum().item(), expected+entropy(z).sum().item()
-    if not tokens: raise ValueError('rows: no token has a predecessor in its document, so there is nothing to predict')
+            tokens += n
+            nats += n*out.loss.item()
+            load = load+out.expert_load.cpu().double()
+            if out.mtp_loss is not None:
+                mtp_tokens += n_mtp
+                mtp_nats += n_mtp*out.mtp_loss.item()
+            for h,y in zip(out.hidden, targets):            # the logits of one row at a time
+                z = whale.lm_head(h[y!=-100])
+                right += (z.argmax(-1)==y[y!=-100]).sum().item()
+                expected += entropy(z).sum().item()
+    if not tokens:
+        raise ValueError('rows: no token has a predecessor in its document, '
+            'so there is nothing to predict')
+    shares = load/load.sum(-1, keepdim=True).clamp(min=1)
     return dict(loss=nats/tokens, mtp_loss=mtp_nats/mtp_tokens if mtp_tokens else None,
-        bits_per_byte=None if n_bytes is None else bits_per_byte(nats, n_bytes), accuracy=right/tokens,
-        entropy=expected/tokens, expert_load=(load/load.sum(-1, keepdim=True).clamp(min=1)).tolist(), tokens=tokens)
+        bits_per_byte=None if n_bytes is None else bits_per_byte(nats, n_bytes),
+        accuracy=right/tokens, entropy=expected/tokens, expert_load=shares.tolist(), tokens=tokens)

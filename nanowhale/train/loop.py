@@ -32,16 +32,19 @@ from .evaluate import evaluate
 def free_folder(
     out:str|Path,   # where a run is to be saved
 ) -> Path:
-    "That folder's path; one that already holds something is never overwritten, and a file is no place for one"
+    "That folder's path; one that already holds something is never overwritten"
     out = Path(out)
     there = next(p for p in (out, *out.parents, Path()) if os.path.lexists(p))
     if not there.is_dir():
-        raise NotADirectoryError(f'{out}: {there} is a file, so no folder can be there: choose another with --out')
+        raise NotADirectoryError(f'{out}: {there} is a file, so no folder can be there: '
+            'choose another with --out')
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f'{out}: {there} is read-only for you: choose another folder with --out')
+        raise PermissionError(f'{out}: {there} is read-only for you: '
+            'choose another folder with --out')
     if there==out and any(out.iterdir()):
         held = 'a run (go on with it by --resume)' if (out/'run.json').exists() else 'files'
-        raise FileExistsError(f'{out} already holds {held}: choose another folder with --out, or remove it')
+        raise FileExistsError(f'{out} already holds {held}: '
+            'choose another folder with --out, or remove it')
     return out
 
 # %% ../../nbs/2_training/22_loop.ipynb #4be61d92
@@ -50,8 +53,10 @@ def check_apart(
     source:str|None,   # its data
 ):
     "Refuse to write into the folder that is read"
-    if source and Path(source).is_dir() and Path(out).resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f'{out} lies in {source}, so the run would read what it writes: choose another folder with --out')
+    if not source or not Path(source).is_dir(): return
+    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f'{out} lies in {source}, so the run would read what it writes: '
+            'choose another folder with --out')
 
 # %% ../../nbs/2_training/22_loop.ipynb #a71c90d3
 def pick_device(
@@ -62,13 +67,16 @@ def pick_device(
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(1, device=device)
         return device
-    except Exception: raise ValueError(f'device "{name}" cannot be used here: try cpu{", cuda" if torch.cuda.is_available() else ""}') from None
+    except Exception:
+        there = 'cpu, cuda' if torch.cuda.is_available() else 'cpu'
+        raise ValueError(f'device "{name}" cannot be used here: try {there}') from None
 
 # %% ../../nbs/2_training/22_loop.ipynb #2ee9f20c
 def keep_freed_memory():
-    "Let glibc keep large freed blocks for the next step instead of returning them to the system; elsewhere, nothing"
+    "Let glibc keep large freed blocks for the next step; elsewhere, nothing"
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform=='linux' else None
-    for option in (-1, -3): mallopt and mallopt(option, 2**30)   # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+    if mallopt is None: return
+    for option in (-1, -3): mallopt(option, 2**30)   # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 
 # %% ../../nbs/2_training/22_loop.ipynb #63a22c31
 def make_tokenizer(
@@ -83,7 +91,8 @@ def make_tokenizer(
         texts = (t for t in read_texts(recipe.data, recipe.field) if not is_held_out(t, one_in))
         tok = train_tokenizer(islice(texts, 10_000), vocab_size)
     if len(tok)>vocab_size:
-        raise ValueError(f'the tokenizer has {len(tok):,} tokens, the preset a vocabulary of {vocab_size:,}: choose another preset or tokenizer')
+        raise ValueError(f'the tokenizer has {len(tok):,} tokens, '
+            f'the preset a vocabulary of {vocab_size:,}: choose another preset or tokenizer')
     return tok
 
 # %% ../../nbs/2_training/22_loop.ipynb #3de0f617
@@ -108,7 +117,8 @@ class HeldOut:
     def scores(self, whale): return evaluate(whale, self.rows, self.n_bytes, self.batch_size)
 
 # %% ../../nbs/2_training/22_loop.ipynb #e0dfe91e
-PEAKS = {'H100':989e12, 'H200':989e12, 'H800':989e12, 'A100':312e12, 'L40S':362e12, 'L4':121e12, '4090':165e12, '3090':71e12, 'T4':65e12}   # 16-bit, dense
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'L40S': 362e12,
+    'L4': 121e12, '4090': 165e12, '3090': 71e12, 'T4': 65e12}   # 16-bit, dense
 
 def peak_flops(
     name:str,   # of a GPU, as torch gives it
@@ -121,7 +131,8 @@ def hardware(
     device:torch.device,   # where the model lives
 ) -> str:
     "What a figure was measured on"
-    where = torch.cuda.get_device_name(device) if device.type=='cuda' else f'{torch.get_num_threads()} threads of {platform.machine()}'
+    where = f'{torch.get_num_threads()} threads of {platform.machine()}'
+    if device.type=='cuda': where = torch.cuda.get_device_name(device)
     return where if n_ranks()==1 else f'{n_ranks()} x {where}'
 
 def peak_memory(
@@ -138,10 +149,11 @@ CURVES = dict(loss=('#3b82d6', '-', 'next token'), mtp_loss=('#d14b8f', '-', 'th
     held_out_loss=('#2aa198', 'o-', 'held-out text'))
 GREY = '#7d8590'   # reads on white and on near-black alike
 LOOK = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.transparent': True,
-    'text.color': GREY, 'axes.labelcolor': GREY, 'axes.edgecolor': GREY, 'xtick.color': GREY, 'ytick.color': GREY,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': GREY, 'grid.alpha': 0.2,
-    'axes.titlesize': 10, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
-    'legend.fontsize': 8, 'legend.frameon': False, 'figure.dpi': 100, 'savefig.dpi': 100}
+    'text.color': GREY, 'axes.labelcolor': GREY, 'axes.edgecolor': GREY, 'xtick.color': GREY,
+    'ytick.color': GREY, 'axes.spines.top': False, 'axes.spines.right': False,
+    'axes.grid': True, 'grid.color': GREY, 'grid.alpha': 0.2, 'axes.titlesize': 10,
+    'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8,
+    'legend.frameon': False, 'figure.dpi': 100, 'savefig.dpi': 100}
 
 @contextmanager
 def drawing(
@@ -174,7 +186,7 @@ def plot_load(
     metrics:list[dict],        # one a step
     path:str|Path|None=None,   # where to save the picture; None: return the figure
 ):
-    "The share of the tokens that goes to each expert, a panel a block, and the MaxVio of the worst block"
+    "The share of the choices of each expert, a panel a block, and the worst block's MaxVio"
     load = torch.tensor([m['expert_load'] for m in metrics]).float()
     steps = [m['step'] for m in metrics]
     share = 100*load/load.sum(-1, keepdim=True).clamp(min=1)
@@ -198,17 +210,27 @@ def plot_load(
 def board_writer():
     "torch's `SummaryWriter`, or an error that says what to install"
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ValueError('--tensorboard needs a package that is not here: pip install tensorboard') from None
+    except ImportError:
+        what = '--tensorboard needs a package that is not here: pip install tensorboard'
+        raise ValueError(what) from None
     return SummaryWriter
 
 # %% ../../nbs/2_training/22_loop.ipynb #240d81c4
 class Log:
     "Metrics of each step: a line in a file, the progress bar and, if asked for, TensorBoard"
     def __init__(self, out, recipe, cfg, device, start, seconds, tensorboard=False):
-        self.out,self.recipe,self.device,self.seconds,self.since = out,recipe,device,seconds,0
-        self.flops,peak = 3*sum(count_flops(cfg, recipe.context).values()),peak_flops(hardware(device))
-        self.peak,self.first,self.board,self.clock = peak and peak*n_ranks(),rank()==0,None,time.perf_counter()
-        self.start,self.wants_board,self.bar = start,tensorboard,None
+        self.out = out
+        self.recipe = recipe
+        self.device = device
+        self.seconds = seconds            # of training so far
+        self.flops = 3*sum(count_flops(cfg, recipe.context).values())
+        peak = peak_flops(hardware(device))
+        self.peak = peak and peak*n_ranks()
+        self.first = rank()==0
+        self.start = start
+        self.wants_board = tensorboard
+        self.board = self.bar = None
+        self.clock = time.perf_counter()
 
     def begin(self):
         "The run's folder is ours now, and the next line of the terminal"
@@ -222,12 +244,14 @@ class Log:
     ):
         "Note a step as done"
         now = time.perf_counter()
-        took,self.clock = now-self.clock,now
-        self.seconds += took; self.since += 1
-        m |= dict(tokens_per_second=round(self.recipe.targets/took), waited=round(waited, 3), memory=peak_memory(self.device))
+        took = now-self.clock
+        self.clock = now
+        self.seconds += took
+        m |= dict(tokens_per_second=round(self.recipe.targets/took), waited=round(waited, 3),
+            memory=peak_memory(self.device))
         if self.peak: m['mfu'] = self.flops*m['tokens_per_second']/self.peak
 
-    def pause(self): self.clock = time.perf_counter()   # what came since the last step is no training
+    def pause(self): self.clock = time.perf_counter()   # what came since then is no training
 
     def write(self,
         m:dict,   # metrics of a step, complete
@@ -239,15 +263,19 @@ class Log:
         if 'held_out_bits_per_byte' in m: self.held = f'{m["held_out_bits_per_byte"]:.3f}'
         if hasattr(self, 'held'): shown['held_out_bpb'] = self.held
         if 'mfu' in m: shown['mfu'] = f'{m["mfu"]:.0%}'
-        self.bar.set_postfix(shown, refresh=False); self.bar.update()
-        flat = {k: v for k,v in m.items() if isinstance(v, (int, float)) and k!='step'} | {f'grad_norm/{k}': v for k,v in m['grad_norms'].items()}
-        for k,v in flat.items(): self.board and self.board.add_scalar(k, v, m['step'])
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if not self.board: return
+        flat = {k: v for k,v in m.items() if isinstance(v, (int, float)) and k!='step'}
+        flat |= {f'grad_norm/{k}': v for k,v in m['grad_norms'].items()}
+        for k,v in flat.items(): self.board.add_scalar(k, v, m['step'])
 
     def plot(self):
         "Refresh the pictures"
         metrics = read_metrics(self.out/'metrics.jsonl')
         if not metrics: return
-        plot_losses(metrics, self.out/'loss.png'); plot_load(metrics, self.out/'expert-load.png')
+        plot_losses(metrics, self.out/'loss.png')
+        plot_load(metrics, self.out/'expert-load.png')
 
     def close(self):
         for x in (self.bar, self.board):
@@ -264,7 +292,8 @@ class Run:
         self.recipe = Recipe(**spec['recipe'])
         self.device = device
         check_apart(out, self.recipe.source)
-        fresh = dict(step=0, stream=None, skipped=0, seconds=0., waited=0., best=None, places=0, filled=0)
+        fresh = dict(step=0, stream=None, skipped=0, seconds=0., waited=0., best=None, places=0,
+            filled=0)
         self.state = read_state(last) if last else fresh
         self.measured = None, None
         self.in_a_row = 0                 # steps that were skipped
@@ -273,7 +302,8 @@ class Run:
         start = last or recipe.init
         self.whale = prepare(self.first_whale(start, spec).to(device))
         size = self.whale.cfg.vocab_size
-        self.tok = from_first(lambda: self.fit_tokenizer(make_tokenizer(recipe, size, one_in, start)))
+        def tokenizer(): return self.fit_tokenizer(make_tokenizer(recipe, size, one_in, start))
+        self.tok = from_first(tokenizer)
         take_marks(self.whale, self.tok)
         self.cfg = self.whale.cfg
         self.held = self.held_out(texts, self.tok, recipe, size)
@@ -282,10 +312,11 @@ class Run:
         opts = make_optimizers(self.whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
         self.opts = [prepare(opt) for opt in opts]
         if last: self.load_optimizers(last)
-        blocks = Blocks(recipe.source, self.tok, recipe.context, recipe.field, recipe.buffer, one_in,
-            spec['seed'], pack=self.held.pack)
+        blocks = Blocks(recipe.source, self.tok, recipe.context, recipe.field, recipe.buffer,
+            one_in, spec['seed'], pack=self.held.pack)
         self.stream = Stream(blocks, recipe.ahead, self.state['stream']) if rank()==0 else None
-        self.log = Log(out, recipe, self.cfg, device, self.state['step'], self.state['seconds'], tensorboard)
+        self.log = Log(out, recipe, self.cfg, device, self.state['step'], self.state['seconds'],
+            tensorboard)
 
     def first_whale(self, start, spec):
         "From a folder, or with new weights"
@@ -317,8 +348,9 @@ class Run:
             free_folder(self.out)
         write_json(self.out/'run.json', spec)
         targets = self.recipe.steps*self.recipe.targets
-        print(f'{self.whale.n_params():,} parameters, {hardware(self.device)}, {targets:,} targets of '
-            f'{self.recipe.source or "the English that ships with Python"}', file=sys.stderr)
+        source = self.recipe.source or 'the English that ships with Python'
+        print(f'{self.whale.n_params():,} parameters, {hardware(self.device)}, '
+            f'{targets:,} targets of {source}', file=sys.stderr)
         self.log.begin()
 
     def rows(self):
@@ -355,7 +387,8 @@ class Run:
         kept = 'there is no checkpoint yet'
         if checkpoints(self.out): kept = 'the last good checkpoint is untouched'
         raise FloatingPointError(f'{self.in_a_row} steps in a row had no finite gradient, '
-            f'up to step {self.state["step"]-1} ({what}); {kept} in {self.out}. Try a smaller learning rate')
+            f'up to step {self.state["step"]-1} ({what}); {kept} in {self.out}. '
+            'Try a smaller learning rate')
 
     def evaluate(self, m):
         "Measure the held-out text; note the best"
@@ -366,7 +399,8 @@ class Run:
         balance = load_balance(torch.tensor(scores['expert_load']))
         m.update({f'held_out_{k}': v for k,v in balance.items()})
         best = self.state['best']
-        if best is None or scores['loss']<best[1]: self.state['best'] = [self.state['step'], scores['loss']]
+        if best is None or scores['loss']<best[1]:
+            self.state['best'] = [self.state['step'], scores['loss']]
 
     def save(self):
         "A checkpoint of this step, fewer of the older ones, new pictures"
@@ -380,7 +414,8 @@ class Run:
     def go(self):
         "All steps up to the end, or until a signal comes"
         recipe = self.recipe
-        if recipe.init and not self.state['step']: self.state['before'] = self.held.scores(self.whale)['loss']
+        if recipe.init and not self.state['step']:
+            self.state['before'] = self.held.scores(self.whale)['loss']
         due = {round(recipe.steps*i/recipe.evals) for i in range(1, recipe.evals+1)}
         with noting_signals() as noted:
             while self.state['step']<recipe.steps:
@@ -404,7 +439,7 @@ class Run:
 def as_cell(
     value,   # what a cell of a table should show
 ) -> str:
-    "Text for a cell of a Markdown table: nothing in it is taken for markup, and its lines stay lines"
+    "Text for a cell of a Markdown table: nothing is taken for markup, and lines stay lines"
     plain = re.sub(r'[\\`*_~|$<>&\[\]]', lambda m: f'&#{ord(m[0])};', str(value).strip())
     return '<br>'.join(plain.splitlines())
 
@@ -417,8 +452,11 @@ def model_card(
     "The README of a checkpoint: what it is, how it was trained, what it measured"
     rows = '\n'.join(f'| {k} | {as_cell(v)} |' for k,v in results.items())
     recipe = spec['recipe']
-    text = f'the answers in {recipe["chat"]}' if recipe.get('chat') else recipe['data'] or 'the English that ships with CPython'
-    origin = f'from the weights of {recipe["init"]}' if recipe.get('init') else f'preset `{spec["preset"]}`'
+    text = recipe['data'] or 'the English that ships with CPython'
+    if recipe.get('chat'): text = f'the answers in {recipe["chat"]}'
+    origin = f'preset `{spec["preset"]}`'
+    if recipe.get('init'): origin = f'from the weights of {recipe["init"]}'
+    size = f'{whale.n_params():,} parameters ({whale.n_params(mtp=False):,} without its MTP block)'
     return f'''---
 library_name: transformers
 pipeline_tag: text-generation
@@ -427,7 +465,7 @@ tags: [deepseek_v4, nanowhale]
 
 # A whale
 
-A DeepSeek-V4 of {whale.n_params():,} parameters ({whale.n_params(mtp=False):,} without its MTP block), {origin},
+A DeepSeek-V4 of {size}, {origin},
 trained by nanowhale {spec["version"]} on {text}, seed {spec["seed"]}.
 
 | measured | |
