@@ -14,6 +14,7 @@ from nanowhale.generate import chat
 from nanowhale import cli
 from nanowhale.train import data
 from nanowhale.train import stream
+from nanowhale import run as whole_run
 from nanowhale.train import loop as train
 from nanowhale.train.checkpoint import checkpoints, drop_metrics, read_metrics
 from nanowhale.model.whale import Whale
@@ -116,7 +117,7 @@ def run(tmp_path_factory):
     (d/'words.jsonl').write_text(jsonl(texts(60)))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train.Log, 'plot', lambda self: None); m.setenv('TQDM_DISABLE', '1')
-        train.train(data=str(d/'words.jsonl'), out=str(d/'run'), steps=3, evals=3, batch_size=2, context=32)
+        whole_run.train(data=str(d/'words.jsonl'), out=str(d/'run'), steps=3, evals=3, batch_size=2, context=32)
     return d/'run'
 
 def copy(run, to, ignore=()):
