@@ -1,11 +1,13 @@
 """Exercises: every checker takes the right function, turns every planted mistake away by its own sentence, and says something useful about the rest."""
-import ast, functools, json, re
+import ast, functools, inspect, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 import course
 from nanowhale.course.checker import EXERCISES, answer, copied, drawn, tensors, verdict
+from nanowhale.course import exercise_model, exercises
 from nanowhale.course.exercises import check
 from nanowhale.generate.sample import keep_top_p
+from nanowhale.model.attention import attend
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
@@ -121,6 +123,18 @@ def test_every_exercise_has_three_mistakes_and_no_two_alike():
     for name,ex in EXERCISES.items(): assert len(ex.wrong)>=3, name
     assert len({says for _,says in MISTAKES})==len(MISTAKES)
 
+def test_every_planted_function_is_in_the_list():
+    "A second mistake with the same sentence would take the place of the first, a second exercise that of its namesake"
+    planted = [inspect.getsource(m) for m in (exercise_model, exercises)]
+    for kind,listed in dict(exercise=EXERCISES, mistake=MISTAKES).items():
+        assert sum(len(re.findall(rf'^@{kind}\(', source, flags=re.M)) for source in planted)==len(listed), kind
+
+def test_attention_is_asked_for_its_averages_alone():
+    "The course's `attend` returns its log-sum-exp as well, which no reader has to compute"
+    q,kv,sinks,mask = drawn(EXERCISES['attend_sdpa'])[0]
+    assert torch.equal(answer('attend_sdpa', q, kv, sinks, mask), attend(q, kv, sinks, mask)[0].detach())
+    assert 'a tuple of 2, not a tensor' in verdict('attend_sdpa', attend)
+
 def test_a_wrong_name_and_no_function():
     with pytest.raises(ValueError, match='do you mean mix'): check('mixx', abs)
     with pytest.raises(AssertionError, match='pass the function itself, not a tensor'): check('mix', torch.zeros(2))
@@ -150,7 +164,7 @@ def test_exercises_look_alike(stem):
         name = re.search(r"^check\('(\w+)', (\w+)\)$", part, flags=re.M)
         assert f'def {name[2]}(' in part and name[2].startswith('my_')
         for spec in re.findall(r'```python\n(.*?)```', part, flags=re.S): ast.parse(spec)
-    if "\ncheck('" in text: assert text.count('from nanowhale.course.exercises import check')==1 and re.search(r'\]\(solutions/\w+\.ipynb\)', text)
+    if "\ncheck('" in text: assert text.count('from nanowhale.course.exercises import check')==1 and re.search(r'\]\(\.\./solutions/\w+\.ipynb\)', text)
 
 def test_solutions_do_not_call_what_they_solve():
     "A solution that returns the course's function proves nothing"

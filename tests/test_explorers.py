@@ -11,7 +11,7 @@ from nanowhale.presets import tiny, tiny_v4
 from nanowhale.train.data import load_tokenizer, train_tokenizer
 from nanowhale.generate.sample import generate
 from nanowhale.model.hyper import sinkhorn
-from nanowhale.model.attention import attend as attend_dense
+from nanowhale.model.attention import attend
 from nanowhale.model.visibility import window_mask
 from nanowhale.generate.cache import Cache
 from nanowhale.model.whale import Whale
@@ -205,7 +205,7 @@ def test_what_a_step_shows(folder):
     mask = window_mask(torch.arange(12), torch.arange(12), 8)
     for l,(attention,x,rope,*_) in enumerate(inputs):
         with torch.no_grad(): q,kv = attention.query(x, *rope),attention.latent(x, *rope)
-        lse = attend_dense(q, kv, attention.sinks, mask, lse=True)[1][0]
+        lse = attend(q, kv, attention.sinks, mask)[1][0]
         p = (torch.einsum('thk,sk->ths', q[0], kv[0])*10**-0.5-lse[...,None]).exp()
         for t,step in enumerate(on):
             heads = step['layers'][l]['heads']

@@ -9,25 +9,29 @@ __all__ = ['COLORS', 'TEXT', 'STYLE', 'figure']
 import matplotlib.pyplot as plt
 
 # %% ../../nbs/appendix/96_figures.ipynb #34f95284
-COLORS = dict(                                                        # concept -> colour, the same in every chapter
-    rope='#3b82d6', content='#8a8f98',                                # channels that rotate, channels that do not
-    mha='#d9663b', gqa='#e0a030', mla='#9b6dd6', v4='#2aa198',        # attention designs, oldest to newest
-    query='#3b82d6', key='#e0a030', sink='#d14b8f',                   # parts of attention
-    softmax='#d9663b', sigmoid='#e0a030', sqrtsoftplus='#2aa198',     # router scores
-    bias='#9b6dd6', expert='#3b82d6', shared='#8a8f98',               # parts of the mixture of experts
-    residual='#8a8f98', hc='#d9663b', mhc='#2aa198',                  # residual, hyper-connections, Sinkhorn ones
-    attention='#3b82d6', moe='#e0a030', hyper='#2aa198', norm='#8a8f98', embed='#9b6dd6', head='#d9663b',  # components
-    main='#3b82d6', mtp='#d14b8f', held_out='#2aa198',                # losses
-    good='#2aa198', bad='#d9663b',                                    # the right formula, a planted bug
-    adamw='#e0a030', muon='#9b6dd6')                                  # optimizers
+COLORS = dict(   # concept -> colour, the same in every chapter
+    rope='#3b82d6', content='#8a8f98',                          # channels that rotate or do not
+    mha='#d9663b', gqa='#e0a030', mla='#9b6dd6', v4='#2aa198',  # attention, oldest to newest
+    query='#3b82d6', key='#e0a030', sink='#d14b8f',             # parts of attention
+    softmax='#d9663b', sigmoid='#e0a030', sqrtsoftplus='#2aa198',  # router scores
+    bias='#9b6dd6', expert='#3b82d6', shared='#8a8f98',         # parts of the mixture of experts
+    residual='#8a8f98', hc='#d9663b', mhc='#2aa198',            # one stream, several, Sinkhorn's
+    attention='#3b82d6', moe='#e0a030', hyper='#2aa198',        # components ...
+    norm='#8a8f98', embed='#9b6dd6', head='#d9663b',            # ... and the other three
+    main='#3b82d6', mtp='#d14b8f', held_out='#2aa198',          # losses
+    good='#2aa198', bad='#d9663b',                              # the right formula, a planted bug
+    adamw='#e0a030', muon='#9b6dd6')                            # optimizers
 
 # %% ../../nbs/appendix/96_figures.ipynb #7411c5d9
 TEXT = '#7d8590'   # a grey that reads on white and on near-black alike
-STYLE = {'figure.facecolor':'none', 'axes.facecolor':'none', 'savefig.facecolor':'none', 'savefig.transparent':True,
-         'text.color':TEXT, 'axes.labelcolor':TEXT, 'axes.edgecolor':TEXT, 'xtick.color':TEXT, 'ytick.color':TEXT,
-         'axes.spines.top':False, 'axes.spines.right':False, 'axes.grid':True, 'grid.color':TEXT, 'grid.alpha':0.2,
-         'axes.titlesize':10, 'axes.labelsize':9, 'xtick.labelsize':8, 'ytick.labelsize':8, 'legend.fontsize':8,
-         'legend.frameon':False, 'lines.linewidth':1.8, 'figure.dpi':100, 'savefig.dpi':100}
+STYLE = {
+    'figure.facecolor':'none', 'axes.facecolor':'none', 'savefig.facecolor':'none',
+    'savefig.transparent':True, 'text.color':TEXT, 'axes.labelcolor':TEXT, 'axes.edgecolor':TEXT,
+    'xtick.color':TEXT, 'ytick.color':TEXT, 'axes.spines.top':False, 'axes.spines.right':False,
+    'axes.grid':True, 'grid.color':TEXT, 'grid.alpha':0.2,
+    'axes.titlesize':10, 'axes.labelsize':9, 'xtick.labelsize':8, 'ytick.labelsize':8,
+    'legend.fontsize':8, 'legend.frameon':False, 'lines.linewidth':1.8,
+    'figure.dpi':100, 'savefig.dpi':100}
 
 # %% ../../nbs/appendix/96_figures.ipynb #eb476b4f
 def figure(
@@ -36,7 +40,8 @@ def figure(
     width:float=4.2,   # inches of one axes
     height:float=2.8,  # inches of one axes
     **kw,              # passed on to `plt.subplots`
-):
-    "A figure in the course's look, readable on light and dark pages; returns `fig, ax` as `plt.subplots` does"
+):                     # -> `fig, ax` as `plt.subplots` returns them
+    "A figure in the course's look, readable on light and dark pages"
     plt.rcParams.update(STYLE)
-    return plt.subplots(nrows, ncols, figsize=(width*ncols, height*nrows), layout='constrained', **kw)
+    size = width*ncols, height*nrows
+    return plt.subplots(nrows, ncols, figsize=size, layout='constrained', **kw)
