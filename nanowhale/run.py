@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from . import __version__
 from .presets import get_preset
-from .model.moe import max_vio
+from .train.step import max_vio
 from .model.whale import Whale
 from .train.data import encode, first_line
 from .train.parallel import from_first, local_device, ranks

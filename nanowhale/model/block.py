@@ -15,24 +15,24 @@ from .hyper import HyperConnection, collapse, mix
 
 # %% ../../nbs/1_architecture/10_block.ipynb #8424fa02
 class Block(nn.Module):
-    "Attention, then the experts, each attached to the streams by a hyper-connection (V4 paper section 2)"
+    "Attention, then the experts, each attached to the streams by a hyper-connection (V4 section 2)"
     def __init__(self,
         cfg,                # a `WhaleConfig`
         attention:str=SWA,  # kind of attention, one of its `layer_types`
         mlp:str='moe'):     # kind of feed-forward part, one of its `mlp_layer_types`
         super().__init__()
-        D,eps = cfg.hidden_size, cfg.rms_norm_eps
+        D = cfg.hidden_size
         self.attn_hc = HyperConnection(cfg)
-        self.input_layernorm = RMSNorm(D, eps)
+        self.input_layernorm = RMSNorm(D, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg) if attention==SWA else CompressedAttention(cfg, attention)
         self.ffn_hc = HyperConnection(cfg)
-        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.post_attention_layernorm = RMSNorm(D, cfg.rms_norm_eps)
         self.mlp = MoE(cfg, mlp)
 
     def forward(self,
         X:Tensor,                   # [B,T,N,D] streams
         rope:tuple[Tensor,Tensor],  # cos and sin [T,R/2] at the tokens' positions
-        mask:Tensor,                # [B or 1,T,S] True where a query sees a key; for compressed attention its `Blocks`
+        mask:Tensor,                # [B or 1,T,S] who sees whom; for compressed attention its `Blocks`
         cache=None,                 # this layer's keys = values while generating
         ids:Tensor|None=None,       # [B,T] the tokens themselves; for experts chosen by a table
     )->tuple:                       # streams [B,T,N,D], and the experts' `Routing`

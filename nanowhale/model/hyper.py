@@ -18,7 +18,6 @@ def collapse(
     "What a sublayer reads: the weighted sum of the streams"
     with unrounded(X): return (pre[...,None,:]@upcast(X))[...,0,:].to(X.dtype)
 
-# %% ../../nbs/1_architecture/09_hyper.ipynb #3e7c3142
 def mix(
     post:Tensor, # [B,T,N] weight of the output in each stream
     comb:Tensor, # [B,T,N,N] share of source j (first) that goes to target k (last)
@@ -59,7 +58,7 @@ def project(
 
 # %% ../../nbs/1_architecture/09_hyper.ipynb #a1786bc6
 class HyperConnection(nn.Module):
-    "How one sublayer reads, writes and mixes the streams, decided per token (mHC paper, eqs. 6-9; V4 paper, eqs. 1-8)"
+    "How one sublayer reads, writes and mixes the streams, decided per token (V4 paper, eqs. 1-8)"
     product = staticmethod(F.linear)
     sinkhorn = staticmethod(sinkhorn)
     def __init__(self, cfg):
@@ -74,18 +73,15 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.zeros(sum(self.sizes)))
         self.scale = nn.Parameter(torch.ones(3))
 
-    def logits(self,
-        X:Tensor, # [B,T,N,D] streams
-    )->tuple:     # pre [B,T,N], post [B,T,N], comb [B,T,N,N], free numbers
-        "What the token's streams ask for, before it is bounded"
+    def logits(self, X):
+        "Free numbers, not bounded yet, of X [B,T,N,D]: pre [B,T,N], post [B,T,N], comb [B,T,N,N]"
         m = project(X, self.fn, self.norm_eps, self.product).split(self.sizes, -1)
         base = upcast(self.base).split(self.sizes)
         pre,post,comb = (a*z+b for a,z,b in zip(upcast(self.scale), m, base))
         return pre, post, comb.unflatten(-1, (X.shape[-2],-1))
 
-    def forward(self,
-        X:Tensor, # [B,T,N,D] streams
-    )->tuple:     # pre [B,T,N], post [B,T,N], comb [B,T,N,N], for `collapse` and `mix`
+    def forward(self, X):
+        "What `collapse` and `mix` need for X [B,T,N,D]: pre [B,T,N], post [B,T,N], comb [B,T,N,N]"
         pre,post,comb = self.logits(X)
         comb = self.sinkhorn(comb, self.iters, self.eps)
         return pre.sigmoid()+self.eps, 2*post.sigmoid(), comb.mT if self.transposed else comb
@@ -103,8 +99,7 @@ class HyperHead(nn.Module):
         self.hc_base = nn.Parameter(torch.zeros(N))
         self.hc_scale = nn.Parameter(torch.ones(1))
 
-    def forward(self,
-        X:Tensor, # [B,T,N,D] streams
-    )->Tensor:    # [B,T,D]
+    def forward(self, X):   # [B,T,N,D] -> [B,T,D]
         m = project(X, self.hc_fn, self.norm_eps, self.product)
-        return collapse((upcast(self.hc_scale)*m+upcast(self.hc_base)).sigmoid()+self.eps, X)
+        pre = (upcast(self.hc_scale)*m+upcast(self.hc_base)).sigmoid()+self.eps
+        return collapse(pre, X)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'sqrt_softplus', 'softmax', 'gate_weights', 'route', 'swiglu', 'expert_load', 'run_experts', 'bias_step',
-           'token_mean', 'balance_loss', 'Router', 'hash_table', 'HashRouter', 'Experts', 'SharedExpert', 'Routing',
-           'MoE', 'max_vio']
+           'balance_loss', 'Router', 'hash_table', 'HashRouter', 'Experts', 'SharedExpert', 'Routing', 'MoE']
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #adc3276e
 import math
@@ -19,14 +18,13 @@ from .attention import Linear
 def sqrt_softplus(
     z:Tensor, # [...,E] logits
 )->Tensor:    # [...,E] scores, positive
-    "V4's router score, the root of log(1 + e^z); far below zero as e^(z/2), since the root of an underflowed 0 has no gradient"
+    "V4's router score sqrt(log(1 + e^z)); far below zero as e^(z/2), for the root of 0 has no gradient"
     far = -40
     return torch.where(z<far, (z.clamp(max=far)/2).exp(), F.softplus(z.clamp(min=far)).sqrt())
 
-# %% ../../nbs/1_architecture/08_moe.ipynb #d20a1280
 def softmax(z): return z.softmax(-1)
 
-SCORES = dict(sqrtsoftplus=sqrt_softplus, sigmoid=torch.sigmoid, softmax=softmax)  # `scoring_func` -> function
+SCORES = dict(sqrtsoftplus=sqrt_softplus, sigmoid=torch.sigmoid, softmax=softmax)   # by `scoring_func`
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #b8acb646
 def gate_weights(
@@ -60,15 +58,13 @@ def swiglu(
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #adfb3bf9
 def expert_load(
-    idx:Tensor, # [...,k] chosen experts
-    E:int,      # number of experts
-    counted:Tensor|None=None, # [...] True for tokens that count; None: all do
-)->Tensor:      # [E] whole numbers
+    idx:Tensor,   # [...,k] chosen experts
+    E:int,        # number of experts
+    counted:Tensor|None=None,   # [...] True for tokens that count; None: all do
+)->Tensor:        # [E] whole numbers
     "How many tokens chose each expert"
-    chosen = idx.flatten()
-    ones = torch.ones_like(chosen)
-    if counted is not None: ones = counted[...,None].expand_as(idx).flatten().to(chosen)
-    return chosen.new_zeros(E).scatter_add(0, chosen, ones)
+    ones = torch.ones_like(idx) if counted is None else counted[...,None].expand_as(idx).to(idx)
+    return idx.new_zeros(E).scatter_add(0, idx.flatten(), ones.flatten())
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #0eb6c755
 def run_experts(
@@ -93,29 +89,25 @@ def bias_step(
     load:Tensor,       # [E] or [L,E] tokens that chose each expert, over the whole batch
     speed:float=0.001, # step
 )->Tensor:             # the new bias; the old one is left alone
-    "Raise the bias of experts with less than the mean load, lower it where there is more (V3 section 2.1.2)"
+    "Raise the bias of experts with less than the mean load, lower it elsewhere (V3 section 2.1.2)"
     load = upcast(load)
     return bias + speed*torch.sign(load.mean(-1, keepdim=True)-load)
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #e3547b63
-def token_mean(
-    x:Tensor,             # [B,T,E]
-    counted:Tensor|None,  # [B,T] True for tokens that count; None: all do
-)->Tensor:                # [B,E]; zeros where none counts
-    "Mean over the tokens of each sequence"
-    if counted is None: return x.mean(1)
-    w = counted[...,None].to(x)
-    return (x*w).sum(1)/w.sum(1).clamp(min=1)
-
 def balance_loss(
     scores:Tensor, # [B,T,E] plain scores
     idx:Tensor,    # [B,T,k] chosen experts
-    counted:Tensor|None=None, # [B,T] True for tokens that count; None: all do
+    counted:Tensor|None=None,   # [B,T] True for tokens that count; None: all do
 )->Tensor:         # a number, the mean over the B sequences
-    "Sequence-wise balance loss (V3 equations 17-20): 1 at perfect balance, up to E/k when k experts get everything"
+    "Sequence-wise balance loss (V3 equations 17-20): 1 if even, up to E/k when k experts get everything"
     E,k = scores.shape[-1], idx.shape[-1]
-    f = token_mean(torch.zeros_like(scores).scatter(-1, idx, 1.), counted)*E/k
-    P = token_mean(scores/(scores.sum(-1, keepdim=True)+1e-20), counted)
+    if counted is None: counted = torch.ones_like(idx[...,0])
+    counted = counted[...,None].to(scores)
+    T = counted.sum(1).clamp(min=1)
+    chosen = torch.zeros_like(scores).scatter(-1, idx, 1.)
+    shares = scores/(scores.sum(-1, keepdim=True)+1e-20)
+    f = (chosen*counted).sum(1)/T*E/k
+    P = (shares*counted).sum(1)/T
     return (f*P).sum(-1).mean()
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #a3780b2f
@@ -124,39 +116,41 @@ class Router(nn.Module):
     product = staticmethod(F.linear)
     def __init__(self, cfg):
         super().__init__()
+        E = cfg.n_routed_experts
         self.k = cfg.num_experts_per_tok
         self.scale = cfg.routed_scaling_factor
         self.score = SCORES[cfg.scoring_func]
-        self.weight = nn.Parameter(torch.randn(cfg.n_routed_experts, cfg.hidden_size)*cfg.initializer_range)
-        self.register_buffer('e_score_correction_bias', torch.zeros(cfg.n_routed_experts))
+        self.weight = nn.Parameter(torch.randn(E, cfg.hidden_size)*cfg.initializer_range)
+        self.register_buffer('e_score_correction_bias', torch.zeros(E))
 
-    def scores(self, x): return self.score(self.product(upcast(x), upcast(self.weight)))   # [...,D] -> [...,E]
+    def choose(self, scores, ids):
+        "Experts [...,k] and gate weights [...,k], from scores [...,E]"
+        return route(scores, self.e_score_correction_bias, self.k, self.scale)
 
-    def forward(self,
-        x:Tensor, # [...,D] tokens
-        ids=None, # for a `HashRouter`
-    )->tuple:     # scores [...,E], chosen experts [...,k], gate weights [...,k]
+    def forward(self, x, ids=None):
+        "Scores [...,E], experts and gate weights [...,k] of tokens x [...,D]; their ids for a table"
         with unrounded(x):
-            scores = self.scores(x)
-            return scores, *route(scores, self.e_score_correction_bias, self.k, self.scale)
+            scores = self.score(self.product(upcast(x), upcast(self.weight)))
+            return scores, *self.choose(scores, ids)
 
-# %% ../../nbs/1_architecture/08_moe.ipynb #a988b9ac
+# %% ../../nbs/1_architecture/08_moe.ipynb #b54fbee0
 def hash_table(
     V:int, # vocabulary size
     E:int, # experts
     k:int, # experts per token
 )->Tensor: # [V,k]
     "k different experts for every token id, each expert nearly equally often"
-    ids,out = torch.arange(V),[]
-    if ids.is_meta: return ids.new_empty(V, k)       # a shape alone, for whatever sizes a file claims
+    ids = torch.arange(V)
+    if ids.is_meta: return ids.new_empty(V, k)   # a shape alone, for whatever sizes a file claims
+    table = ids.new_empty(V, 0)
     for j in range(k):
-        step = next(a for a in range(int(V*math.modf(0.618034*(j+1))[0])+1, 2*V+2) if math.gcd(a, V)==1)
-        new = ids*step%V%(E-j)       # one of those not taken yet
-        for taken in torch.stack(out).sort(0).values if out else []: new = new+(new>=taken)
-        out.append(new)
-    return torch.stack(out, -1)
+        step = int(0.618034*(j+1)%1*V)+1         # scatters the ids: shares no factor with their number
+        while math.gcd(step, V)>1: step += 1
+        new = ids*step%V%(E-j)                   # its place among the experts that are not taken yet
+        for taken in table.sort(-1).values.unbind(-1): new = new+(new>=taken)
+        table = torch.cat([table, new[:,None]], -1)
+    return table
 
-# %% ../../nbs/1_architecture/08_moe.ipynb #b54fbee0
 class HashRouter(Router):
     "A table says which experts, the scores only how much of each (V4 section 2.1)"
     def __init__(self, cfg):
@@ -164,13 +158,9 @@ class HashRouter(Router):
         del self.e_score_correction_bias
         self.register_buffer('tid2eid', hash_table(cfg.vocab_size, cfg.n_routed_experts, self.k))
 
-    def forward(self,
-        x:Tensor,   # [...,D] tokens
-        ids:Tensor, # [...] their ids
-    )->tuple:       # scores [...,E], chosen experts [...,k], gate weights [...,k]
-        with unrounded(x):
-            scores,idx = self.scores(x), self.tid2eid[ids]
-            return scores, idx, gate_weights(scores, idx, self.scale)
+    def choose(self, scores, ids):
+        idx = self.tid2eid[ids]
+        return idx, gate_weights(scores, idx, self.scale)
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #535ea3e7
 class Experts(nn.Module):
@@ -178,16 +168,13 @@ class Experts(nn.Module):
     run = staticmethod(run_experts)
     def __init__(self, cfg):
         super().__init__()
-        E,I,D,std = cfg.n_routed_experts, cfg.moe_intermediate_size, cfg.hidden_size, cfg.initializer_range
+        E,D,I = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
         self.limit = cfg.swiglu_limit
-        self.gate_up_proj = nn.Parameter(torch.randn(E, 2*I, D)*std)
-        self.down_proj = nn.Parameter(torch.randn(E, D, I)*std)
+        self.gate_up_proj = nn.Parameter(torch.randn(E, 2*I, D)*cfg.initializer_range)
+        self.down_proj = nn.Parameter(torch.randn(E, D, I)*cfg.initializer_range)
 
-    def forward(self,
-        x:Tensor,   # [M,D] tokens
-        idx:Tensor, # [M,k] chosen experts
-        w:Tensor,   # [M,k] gate weights
-    )->Tensor:      # [M,D]
+    def forward(self, x, idx, w):
+        "The chosen experts' weighted sum [M,D]; arguments as in `run_experts`"
         return self.run(x, idx, w, self.gate_up_proj, self.down_proj, self.limit)
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #09765fd7
@@ -201,46 +188,29 @@ class SharedExpert(nn.Module):
         self.up_proj = Linear(D, I)
         self.down_proj = Linear(I, D)
 
-    def forward(self, x): return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))   # [...,D] -> [...,D]
+    def forward(self, x):   # [...,D] -> [...,D]
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #2e597cf3
 class Routing(NamedTuple):
     "What a mixture of experts reports beside its output"
-    scores: Tensor  # [B,T,E] plain scores, with a gradient
-    idx: Tensor     # [B,T,k] chosen experts
-
-    def load(self, counted=None):
-        "How many tokens chose each expert [E]; of those that `counted` [B,T] names, if it is given"
-        return expert_load(self.idx, self.scores.shape[-1], counted)
-
-    def balance_loss(self, counted=None):
-        "The balance loss of these tokens, a number; `counted` as in `load`"
-        return balance_loss(self.scores, self.idx, counted)
+    scores: Tensor   # [B,T,E] plain scores, with a gradient
+    idx: Tensor      # [B,T,k] chosen experts
 
 class MoE(nn.Module):
     "V4's mixture of experts: k routed experts per token and the shared one"
     def __init__(self,
-        cfg, # a `WhaleConfig`
-        kind:str='moe', # or hash_moe: a table chooses
-    ):
+        cfg,              # a `WhaleConfig`
+        kind:str='moe'):  # or hash_moe: a table chooses
         super().__init__()
-        self.gate = (HashRouter if kind=='hash_moe' else Router)(cfg)
+        self.gate = HashRouter(cfg) if kind=='hash_moe' else Router(cfg)
         self.experts = Experts(cfg)
         self.shared_experts = SharedExpert(cfg)
 
     def forward(self,
-        x:Tensor, # [B,T,D]
+        x:Tensor,             # [B,T,D]
         ids:Tensor|None=None, # [B,T] of the tokens; for a table
-    )->tuple:     # output [B,T,D], `Routing`
+    )->tuple:                 # output [B,T,D], `Routing`
         scores,idx,w = self.gate(x, ids)
         y = self.experts(x.flatten(0,1), idx.flatten(0,1), w.flatten(0,1)).view_as(x)
         return y+self.shared_experts(x), Routing(scores, idx)
-
-# %% ../../nbs/1_architecture/08_moe.ipynb #5f0a9c34
-def max_vio(
-    load:Tensor, # [...,E] tokens of each expert, or their shares
-)->Tensor:       # [...]
-    "By how much the busiest expert exceeds the mean load, in mean loads; 0 where there was nothing to do"
-    load = upcast(load)
-    mean = load.mean(-1)
-    return (load.amax(-1)-mean)/mean.where(mean>0, 1)
