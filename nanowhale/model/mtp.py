@@ -36,6 +36,7 @@ def next_embeddings(
     ends = F.pad(docs[:,1:], (0,1), value=-1)!=docs
     return out.masked_fill(ends[...,None], 0)
 
+# %% ../../nbs/1_architecture/11_mtp.ipynb #a5352416
 def head_loss(
     h:Tensor,       # [B,T,D] what the head reads
     weight:Tensor,  # [V,D] the head

@@ -85,11 +85,8 @@ def check_batch(
         need(x.numel()>0, f'empty, of shape {list(x.shape)}; need at least one token')
         if name=='docs' or not values: continue
         bad = x[((x<0) | (x>=V)) & ((x!=-100) | (name=='input_ids'))]
-        need(not len(bad), f'{bad[:1].tolist()} is outside the vocabulary, 0 to {V-1}; '
+        if len(bad): raise ValueError(f'{name}: {bad[0]} is outside the vocabulary, 0 to {V-1}; '
             'is this the right tokenizer?')
-
-FLOAT32 = re.compile(   # what stays float32 in half precision
-    r'norm|attn_hc|ffn_hc|hc_head|sinks|position_bias|e_score_correction_bias|\.gate\.weight$')
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #ff6acc80
 @dataclass
@@ -110,6 +107,9 @@ class WhaleOutput:
         return self.head(self.hidden)
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #d3f40307
+FLOAT32 = re.compile(   # what stays float32 in half precision
+    r'norm|attn_hc|ffn_hc|hc_head|sinks|position_bias|e_score_correction_bias|\.gate\.weight$')
+
 class Whale(nn.Module):
     "DeepSeek-V4 in small, with the keys of transformers' `DeepseekV4ForCausalLM` plus `mtp.0.*`"
     check = staticmethod(check_batch)
