@@ -7,7 +7,6 @@ from nanowhale.model.config import WhaleConfig
 from nanowhale.presets import nanowhale_100m, count_params, count_flops
 from nanowhale.model.moe import (MoE, SCORES, Experts, balance_loss, bias_step, expert_load, route,
     run_experts, sqrt_softplus, swiglu)
-from nanowhale.fast import experts as fast_experts
 from nanowhale.fast.kernels import KERNELS, use
 from nanowhale.train.step import max_vio
 from test_parity import no_downcast
@@ -21,6 +20,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+@pytest.fixture(params=KERNELS)
+def each_set(request, monkeypatch):
+    "Every `MoE` made inside computes with the plain set, then with the fast one"
+    make = MoE.__init__
+    def init(self, *args, **kw):
+        make(self, *args, **kw)
+        use(self, request.param)
+    monkeypatch.setattr(MoE, '__init__', init)
+
+WITH_BOTH = pytest.mark.usefixtures('each_set')
 
 def config(D=8, I=4, E=7, k=3, **kw):
     return WhaleConfig(hidden_size=D, moe_intermediate_size=I, n_routed_experts=E, num_experts_per_tok=k, **kw)
@@ -112,6 +122,7 @@ def test_planted_bug_is_seen(name, bug, monkeypatch):
     seeds = [s for s in range(60) if 1<random_config(s).num_experts_per_tok<random_config(s).n_routed_experts and random_config(s).swiglu_limit<1][:4]
     assert len(seeds)==4 and all(compare(s)[0]>1e-3 for s in seeds)
 
+@WITH_BOTH
 def test_shared_expert_is_clamped_and_unscaled():
     torch.manual_seed(0)
     m = fill(MoE(config(swiglu_limit=.5)))
@@ -137,6 +148,7 @@ def naive(m, x, cfg):
         ys.append(y)
     return torch.stack(ys).view_as(x)
 
+@WITH_BOTH
 @pytest.mark.parametrize('D,I,E,k,B,T', [(8,4,7,3,2,5), (5,3,1,1,2,3), (3,6,4,4,1,7), (6,2,9,1,3,1), (4,5,2,2,1,1)])
 def test_agrees_with_loops(D, I, E, k, B, T):
     torch.manual_seed(D)
@@ -154,6 +166,7 @@ class Oracle:
     def zero_grad(self): self.m.zero_grad()
     def named_parameters(self): return self.m.named_parameters()
 
+@WITH_BOTH
 def test_gradcheck():
     torch.manual_seed(0)
     m = fill(MoE(config(5, 3, 4, 2, swiglu_limit=2.)).double())
@@ -165,6 +178,7 @@ def test_gradcheck():
 
 # ---------------------------------------------------------------- properties
 
+@WITH_BOTH
 def test_order_of_experts_does_not_matter():
     torch.manual_seed(0)
     m,p,x = fill(MoE(config())),torch.randperm(7),torch.randn(2,5,8)
@@ -176,6 +190,7 @@ def test_order_of_experts_does_not_matter():
     assert_close(load_of(r2), load_of(r)[p])
     assert_close(balance_loss(*r2), balance_loss(*r))
 
+@WITH_BOTH
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_tokens_do_not_see_their_batch_mates(dtype):
     torch.manual_seed(0)
@@ -187,6 +202,7 @@ def test_tokens_do_not_see_their_batch_mates(dtype):
     other[0,0] = 100.
     assert_close(m(other)[0][1:], y[1:])
 
+@WITH_BOTH
 def test_only_the_chosen_experts_act():
     torch.manual_seed(0)
     m,x = fill(MoE(config())),torch.randn(1,1,8)
@@ -197,6 +213,7 @@ def test_only_the_chosen_experts_act():
 
 # ---------------------------------------------------------------- corners
 
+@WITH_BOTH
 @pytest.mark.parametrize('score', list(SCORES))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('size', [.0, 1., 1e4])
@@ -211,6 +228,7 @@ def test_always_finite(score, dtype, size):
 
 def upcast_mean(y): return y.to(torch.promote_types(y.dtype, torch.float32)).square().mean()
 
+@WITH_BOTH
 def test_expert_without_tokens_gets_a_gradient_of_zeros():
     torch.manual_seed(0)
     m = fill(MoE(config()))
@@ -235,6 +253,7 @@ def test_all_equal_logits():
     for _ in range(3): m.gate.e_score_correction_bias.copy_(bias_step(m.gate.e_score_correction_bias, expert_load(m.gate(torch.randn(2,5,8))[1], 7), .1))
     assert m.gate.e_score_correction_bias.abs().sum()>0   # the bias rule breaks the tie
 
+@WITH_BOTH
 def test_no_tokens():
     m = MoE(config())
     assert m.experts(torch.zeros(0,8), torch.zeros(0,3, dtype=torch.long), torch.zeros(0,3)).shape==(0,8)
@@ -255,6 +274,7 @@ def test_score_has_the_exact_gradient_for_every_logit():
     assert plain.isnan().any()                                            # what the plain formula does
     assert_close(g[normal], plain[normal], rtol=3e-6, atol=0)
 
+@WITH_BOTH
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('logit', [-1e30, -1000., -120., -95., -41., 50., 1e5])
 def test_extreme_logits_leave_finite_gradients(dtype, logit):
@@ -268,6 +288,7 @@ def test_plain_formula_would_lose_the_router(monkeypatch):
     monkeypatch.setitem(M.SCORES, 'sqrtsoftplus', lambda z: F.softplus(z).sqrt())
     with pytest.raises(AssertionError): test_extreme_logits_leave_finite_gradients(torch.float32, -120.)
 
+@WITH_BOTH
 def test_router_is_float32_in_bf16_and_under_autocast():
     torch.manual_seed(0)
     m,x = fill(MoE(config())),torch.randn(2,5,8)
@@ -282,6 +303,7 @@ def test_router_is_float32_in_bf16_and_under_autocast():
     assert s.dtype==v.dtype==torch.float32
     assert_close(s, sqrt_softplus(x.float()@m.gate.weight.float().T))
 
+@WITH_BOTH
 def test_bf16_is_near_float32():
     torch.manual_seed(1)
     cfg = config(16, 8, 6, 4)

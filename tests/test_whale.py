@@ -391,7 +391,8 @@ def test_compiler_prefix_is_not_saved(tmp_path):
     loaded,ids = Whale.from_state_dict(whale.cfg, whale.state_dict()),random_ids(2, 9)
     close(loaded(ids).logits, whale.to_hf()(ids).logits)
 
-STAGES = ['nanowhale.generate.weights.save_file', 'nanowhale.train.files.os.fsync', 'nanowhale.generate.folder.json.dumps', 'nanowhale.generate.folder.write_weights']
+STAGES = ['nanowhale.generate.weights.save_file', 'nanowhale.train.files.os.fsync', 'nanowhale.generate.folder.json.dumps',
+    'nanowhale.generate.folder.write_weights']
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, stage):
