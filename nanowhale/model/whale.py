@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from .config import SWA, later
 from .visibility import views, whole_rows, window_mask
 from .attention import Linear, RMSNorm
-from .moe import HashRouter, balance_loss, bias_step, expert_load, hash_table
+from .moe import balance_loss, bias_step, expert_load, hash_table
 from .hyper import HyperHead
 from .block import Block
 from .mtp import MTPBlock, head_loss, next_embeddings, shift_labels
@@ -50,7 +50,7 @@ def init_weights(
     module:nn.Module,  # built from the course's blocks
     std:float,         # standard deviation of the matrices, `initializer_range`
 ):
-    "Write every parameter and buffer once: matrices N(0, std), norms and scales 1, biases and sinks 0"
+    "Write every number once: matrices N(0, std), norms and scales 1, biases and sinks 0"
     named = dict(module.named_parameters()) | dict(module.named_buffers())
     zero = ('sinks', 'base', 'hc_base', 'e_score_correction_bias', 'position_bias')
     for name,p in named.items():
@@ -93,12 +93,12 @@ def check_batch(
 class WhaleOutput:
     "What one forward pass returns; None for what was not asked for"
     hidden: Tensor|None = None        # [B,T,D] what the head reads
-    head: nn.Module|None = field(default=None, repr=False)   # the head that reads it
+    head: nn.Module|None = field(default=None, repr=False)   # reads it
     loss: Tensor|None = None          # [] main cross-entropy in nats per label; needs labels
     mtp_loss: Tensor|None = None      # [] of the token after next; needs labels and an MTP block
-    indexer_loss: Tensor|None = None  # [] mean over queries that saw an entry, and layers; needs gradients
+    indexer_loss: Tensor|None = None  # [] mean over queries that saw an entry; needs gradients
     balance_loss: Tensor|None = None  # [] sequence-wise balance losses, summed over the blocks
-    expert_load: Tensor|None = None   # [blocks,E] tokens of each expert; last the MTP block, if it ran
+    expert_load: Tensor|None = None   # [blocks,E] real tokens by expert; last the MTP block's targets
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
     @cached_property
@@ -132,7 +132,7 @@ class Whale(nn.Module):
         cache=None,               # what came before; extended by these tokens
         sparse:bool=True,         # False: an indexer learns, while its queries see all entries
     ) -> WhaleOutput:
-        "What the head reads of each token, and with labels the losses; `.logits` only when asked for"
+        "What the head reads of each token, and with labels the losses"
         self.check(self.cfg.vocab_size, input_ids, labels, docs)
         if cache and labels is not None:
             raise ValueError('labels: they do not go with a cache; pass whole rows')
@@ -155,7 +155,7 @@ class Whale(nn.Module):
             balance_loss=torch.stack(balance).sum(), expert_load=torch.stack(load))
 
     def losses(self, hidden, X, e, view, labels, docs, reports):
-        "Cross-entropy of the next token, and of the one after by the MTP block, which reports as well"
+        "Cross-entropy of the next token and, by the MTP block, of the one after; it reports, too"
         W = self.lm_head.weight
         losses = dict(loss=self.head_loss(hidden, W, shift_labels(labels, 1, docs)))
         for block in self.mtp:
@@ -186,13 +186,13 @@ class Whale(nn.Module):
         expert_load:Tensor,  # [blocks,E] as in `WhaleOutput`, summed over the batches of a step
         speed:float=0.001,   # how far a bias moves
     ):
-        "Once per step, outside the optimizer: push each router's bias towards its underloaded experts"
+        "Once per step, outside the optimizer: push each router's bias towards its idle experts"
         gates = [block.mlp.gate for block in [*self.model.layers, *self.mtp]]
         if len(expert_load)!=len(gates): raise ValueError(f'expert_load: {len(expert_load)} rows '
             f'for {len(gates)} blocks; take it from a pass with labels')
         for gate,load in zip(gates, expert_load):
-            if isinstance(gate, HashRouter): continue
-            gate.e_score_correction_bias.copy_(bias_step(gate.e_score_correction_bias, load, speed))
+            bias = getattr(gate, 'e_score_correction_bias', None)   # a table has none
+            if bias is not None: bias.copy_(bias_step(bias, load, speed))
 
     from_state_dict = staticmethod(later('folder.from_state_dict'))
     from_pretrained = staticmethod(later('folder.load_whale'))
