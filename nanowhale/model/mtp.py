@@ -60,18 +60,17 @@ class MTPBlock(Block):
         self.h_proj = Linear(D, D)
         self.hc_head = HyperHead(cfg)
 
-    def streams(self,
+    def streams(self, X, e, rope, mask, cache=None):
+        "All but the collapse: streams [B,T,N,D] after the block, and its `Routing`"
+        X = self.e_proj(self.enorm(e))[:,:,None] + self.h_proj(self.hnorm(X))
+        return super().forward(X, rope, mask, cache)
+
+    def forward(self,
         X:Tensor,     # [B,T,N,D] the trunk's streams, before its collapse and final norm
         e:Tensor,     # [B,T,D] `next_embeddings`
         rope:tuple,   # cos, sin [T,R/2] of the positions
         mask:Tensor,  # [B or 1,T,S] which keys each query sees
         cache=None,   # this block's keys = values while generating
-    ) -> tuple:       # [B,T,N,D] streams after the block, and its `Routing`
-        "All but the collapse, for whoever goes on from the streams"
-        X = self.e_proj(self.enorm(e))[:,:,None] + self.h_proj(self.hnorm(X))
-        return super().forward(X, rope, mask, cache)
-
-    def forward(self, X, e, rope, mask, cache=None):
-        "What the shared head reads [B,T,D], and the `Routing`; arguments as in `streams`"
+    ) -> tuple:       # what the shared head reads [B,T,D], and the `Routing`
         X,routing = self.streams(X, e, rope, mask, cache)
         return self.norm(self.hc_head(X)), routing
