@@ -98,7 +98,7 @@ class WhaleOutput:
     mtp_loss: Tensor|None = None      # [] of the token after next; needs labels and an MTP block
     indexer_loss: Tensor|None = None  # [] mean over queries that saw an entry; needs gradients
     balance_loss: Tensor|None = None  # [] sequence-wise balance losses, summed over the blocks
-    expert_load: Tensor|None = None   # [blocks,E] real tokens by expert; last the MTP block's targets
+    expert_load: Tensor|None = None   # [blocks,E] real tokens by expert; MTP's targets last
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
     @cached_property
