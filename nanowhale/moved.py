@@ -17,7 +17,7 @@ MOVED = {   # old module -> the modules that hold its names now, the first one f
     'rope': 'model.rope',
     'mla': 'fast.attention model.attention model.visibility generate.cache',
     'compress': 'model.compress model.visibility generate.cache',
-    'moe': 'model.moe fast.experts',
+    'moe': 'model.moe fast.experts train.step',
     'hyper': 'model.hyper fast.sinkhorn',
     'block': 'model.block',
     'mtp': 'fast.loss model.mtp',

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from . import __version__
 from .presets import get_preset
-from .model.moe import max_vio
 from .train.data import encode, first_line
 from .train.parallel import from_first, local_device, ranks
 from .train.recipe import INSTEAD, Recipe, get_recipe
-from .train.step import load_balance
+from .train.step import load_balance, max_vio
 from .train.files import write_json
 from .train.checkpoint import Claim, drop_metrics, read_run, read_state
 from .train.evaluate import xz_bits_per_byte

@@ -4,6 +4,7 @@ import pytest, torch
 from torch.testing import assert_close
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer
 
+from nanowhale.fast.kernels import KERNELS, use
 from nanowhale.model import block as block_module
 from nanowhale.model.block import Block
 from nanowhale.model.config import WhaleConfig
@@ -54,11 +55,12 @@ def run_theirs(layer, X, rope, mask):
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:,None].expand(B,1,T,-1)
     return layer(X, position_embeddings=dict(main=both, compress=both), position_ids=torch.arange(T)[None].expand(B,-1), attention_mask=additive)
 
-def check_block(seed, gradients=True):
+def check_block(seed, gradients=True, kernels='plain'):
     "Worst difference of one random block from transformers': values, and gradients relative to their norm"
     cfg,b,X,docs = case(seed)
     rope,mask = surroundings(cfg, X.shape[1], docs)
     hf = theirs(cfg, b)
+    use(b, kernels)
     X.requires_grad_()
     ours,other = b(X, rope, mask)[0],run_theirs(hf, X, rope, mask)
     assert_close(ours, other, rtol=1e-5, atol=1e-5)
@@ -76,8 +78,9 @@ def test_same_keys_and_shapes():
         ours,other = Block(cfg),theirs(cfg, Block(cfg))
         assert {k: v.shape for k,v in ours.state_dict().items()}=={k: v.shape for k,v in other.state_dict().items()}
 
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('seed', range(16))
-def test_block_is_transformers(seed): check_block(seed)
+def test_block_is_transformers(seed, kernels): check_block(seed, kernels=kernels)
 
 # ---------------------------------------------------------------- bugs that still train, planted
 

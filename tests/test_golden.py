@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest, torch
 from nanowhale import __version__
 from nanowhale import cli
+from nanowhale.fast.kernels import KERNELS, use
+from nanowhale.run import check_spec
 from nanowhale.train import loop as train
 from nanowhale.train.checkpoint import read_metrics
 from nanowhale.model.config import CSA, HCA, WhaleConfig
@@ -68,12 +70,13 @@ def small(name):
         o_lora_rank=4, sliding_window=6, moe_intermediate_size=8, initializer_range=0.1, compress_rate_csa=2,
         compress_rate_hca=3, index_n_heads=2, index_head_dim=8, index_topk=3, **kinds)
 
-def losses(name):
+def losses(name, kernels='fast'):
     "Main and MTP loss of ten steps, with documents of uneven length"
     torch.manual_seed(0)
-    whale,g = Whale(small(name)),torch.Generator().manual_seed(1)
+    whale,g = use(Whale(small(name)), kernels), torch.Generator().manual_seed(1)
     recipe = get_recipe(name, steps=10, batch_size=2, accum=2, context=24, lr=1e-3, muon_lr=2e-3, precision='fp32')
-    opts,out = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay),[]
+    opts,out = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay), []
+    for opt in opts: use(opt, kernels)
     for i in range(10):
         rows = dict(input_ids=torch.randint(0, 50, (4, 25), generator=g)**2//50, docs=(torch.rand(4, 25, generator=g)<0.1).cumsum(1))
         m = train_step(whale, whale, opts, rows, recipe, i)
@@ -176,12 +179,13 @@ def test_an_old_run_goes_on(old):
 def test_an_old_recipe_means_the_same():
     "Every value that was saved is still a value of a recipe, of the same kind"
     spec = json.loads((GOLDEN/'run.json').read_text())
-    train.check_spec(spec, GOLDEN/'run.json')
-    with pytest.raises(ValueError, match='no run of nanowhale'): train.check_spec(spec|dict(recipe=spec['recipe']|dict(invented=1)), GOLDEN)
+    check_spec(spec, GOLDEN/'run.json')
+    with pytest.raises(ValueError, match='no run of nanowhale'): check_spec(spec|dict(recipe=spec['recipe']|dict(invented=1)), GOLDEN)
 
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('name', PRESETS)
-def test_ten_losses(name):
-    for got,want in zip(losses(name), golden()['losses'][name], strict=True): assert got==pytest.approx(want, abs=TOLERANCE)
+def test_ten_losses(name, kernels):
+    for got,want in zip(losses(name, kernels), golden()['losses'][name], strict=True): assert got==pytest.approx(want, abs=TOLERANCE)
 
 def test_golden_files_are_small(): assert sum(f.stat().st_size for f in GOLDEN.rglob('*') if f.is_file())<20_000
 

@@ -5,12 +5,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 
+from nanowhale.fast import sinkhorn as fast
+from nanowhale.fast.kernels import KERNELS, use
 from nanowhale.model import hyper
 from nanowhale.model.config import WhaleConfig
 from nanowhale.model.hyper import HyperConnection, HyperHead, collapse, mix, project, sinkhorn
 from test_parity import no_downcast
 
-def plain(logits, iters, eps=1e-6):
+SINKHORN = dict(plain=sinkhorn, fast=fast.sinkhorn)
+
+def formula(logits, iters, eps=1e-6):
     "The V4 formula as transformers writes it, differentiated by autograd"
     m = logits.softmax(-1)+eps
     m = m/(m.sum(-2, keepdim=True)+eps)
@@ -28,18 +32,22 @@ def value_and_grad(f, x, dy):
 
 @pytest.mark.parametrize('shape', [(1,1), (4,4), (7,2,2), (2,5,3,3), (2,3,1,6,6)])
 @pytest.mark.parametrize('iters', [1, 2, 5, 20])
-def test_sinkhorn_is_the_plain_formula(shape, iters):
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_sinkhorn_is_the_formula(shape, iters, kernels):
+    sinkhorn = SINKHORN[kernels]
     torch.manual_seed(sum(shape)+iters)
     x,dy = 3*torch.randn(shape).double(),torch.randn(shape).double()
-    for a,b in zip(value_and_grad(lambda l: sinkhorn(l, iters), x, dy), value_and_grad(lambda l: plain(l, iters), x, dy)):
+    for a,b in zip(value_and_grad(lambda l: sinkhorn(l, iters), x, dy), value_and_grad(lambda l: formula(l, iters), x, dy)):
         assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(lambda l: sinkhorn(l, iters), x.flatten(0,-3)[:3].requires_grad_() if len(shape)>2 else x.requires_grad_())
 
-def test_sinkhorn_takes_any_layout():
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_sinkhorn_takes_any_layout(kernels):
+    sinkhorn = SINKHORN[kernels]
     torch.manual_seed(0)
     x = torch.randn(3,4,5,4).double().permute(2,0,1,3)    # [5,3,4,4], not contiguous
     dy = torch.randn(4,4,5,3).double().permute(2,3,0,1)
-    for a,b in zip(value_and_grad(lambda l: sinkhorn(l, 3), x, dy), value_and_grad(lambda l: plain(l, 3), x, dy)): assert_close(a, b)
+    for a,b in zip(value_and_grad(lambda l: sinkhorn(l, 3), x, dy), value_and_grad(lambda l: formula(l, 3), x, dy)): assert_close(a, b)
 
 HARD = dict(signs=lambda *s: 50*torch.randn(*s).sign(), wide=lambda *s: 50*torch.randn(*s), equal=lambda *s: torch.full(s, -50.),
             triangle=lambda *s: 100*torch.ones(*s).tril()-50, one_target=lambda *s: 50*torch.eye(s[-1])[0].expand(*s).contiguous())
@@ -47,20 +55,23 @@ HARD = dict(signs=lambda *s: 50*torch.randn(*s).sign(), wide=lambda *s: 50*torch
 @pytest.mark.parametrize('name', HARD)
 @pytest.mark.parametrize('N', [1, 2, 4])
 @pytest.mark.parametrize('iters', [2, 20])
-def test_hard_logits_stay_finite_and_right(name, N, iters):
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_hard_logits_stay_finite_and_right(name, N, iters, kernels):
+    sinkhorn = SINKHORN[kernels]
     torch.manual_seed(1)
     x = HARD[name](500,N,N).float()
     dy = torch.randn(500,N,N)
     y,g = value_and_grad(lambda l: sinkhorn(l, iters), x, dy)
-    y64,g64 = value_and_grad(lambda l: plain(l, iters), x.double(), dy.double())
+    y64,g64 = value_and_grad(lambda l: formula(l, iters), x.double(), dy.double())
     assert y.isfinite().all() and g.isfinite().all() and (y>=0).all()
     assert_close(y.sum(-2), torch.ones(500,N), rtol=0, atol=1e-5)
     assert_close(y.double(), y64, rtol=0, atol=1e-4)
     assert_close(g.double(), g64, rtol=1e-3, atol=1e-4)
 
-def test_sinkhorn_refuses_a_second_derivative():
+def test_the_fast_sinkhorn_refuses_a_second_derivative():
+    "It has only the first; a wrong second one would go unnoticed"
     x = torch.randn(3,3, requires_grad=True)
-    g, = torch.autograd.grad(sinkhorn(x, 2).square().sum(), x, create_graph=True)
+    g, = torch.autograd.grad(fast.sinkhorn(x, 2).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'): g.sum().backward()
 
 # ---------------------------------------------------------------- transformers
@@ -84,11 +95,12 @@ def connected_hf(b, X, y):
     post,comb,u = b(X)
     return post, comb, u, post.unsqueeze(-1)*y.unsqueeze(-2) + comb.transpose(-1,-2)@X      # as DeepseekV4DecoderLayer does
 
-def check_connection(seed):
+def check_connection(seed, kernels='plain'):
     "Values and gradients of one random hyper-connection beside transformers'"
     torch.manual_seed(seed)
     N,D,iters,B,T = (int(torch.randint(a, b, ())) for a,b in ((1,6), (1,19), (1,21), (1,4), (1,8)))
     a,b = pair(HyperConnection, DeepseekV4HyperConnection, N, D, iters)
+    use(a, kernels)
     X,y = (3*torch.randn(B,T,N,D).double()).requires_grad_(),torch.randn(B,T,D).double().requires_grad_()
     with no_downcast(): ours,theirs = connected(a, X, y),connected_hf(b, X, y)
     for o,t in zip(ours, theirs): assert_close(o, t, rtol=1e-9, atol=1e-9)
@@ -97,14 +109,17 @@ def check_connection(seed):
     gb = torch.autograd.grad(theirs, [X,y,*b.parameters()], dys)
     for o,t in zip(ga, gb): assert (o-t).norm() <= 1e-9*t.norm()+1e-9
 
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('seed', range(12))
-def test_connection_is_transformers(seed): check_connection(seed)
+def test_connection_is_transformers(seed, kernels): check_connection(seed, kernels)
 
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('seed', range(6))
-def test_head_is_transformers(seed):
+def test_head_is_transformers(seed, kernels):
     torch.manual_seed(seed)
     N,D = int(torch.randint(1, 6, ())),int(torch.randint(1, 19, ()))
     a,b = pair(HyperHead, DeepseekV4HyperHead, N, D, 2)
+    use(a, kernels)
     X = torch.randn(2,5,N,D).double().requires_grad_()
     with no_downcast(): u,v = a(X),b(X)
     assert_close(u, v, rtol=1e-9, atol=1e-9)
@@ -139,8 +154,8 @@ PLANTED = {
     'exp in place of softmax':        ('sinkhorn', lambda l,i,e: bare_exp(l, i, e)),
     'sigmoid in place of softmax':    ('sinkhorn', lambda l,i,e: sinkhorn(torch.sigmoid(l), i, e)),
     'one iteration too few':          ('sinkhorn', lambda l,i,e: sinkhorn(l, max(1, i-1), e)),
-    'streams not normalised':         ('project', lambda X,fn,eps: torch.nn.functional.linear(X.flatten(-2), fn)),
-    'normalised stream by stream':    ('project', lambda X,fn,eps: project(X*(X.square().mean(-1, keepdim=True)+eps).rsqrt(), fn, eps)),
+    'streams not normalised':         ('project', lambda X,fn,eps,product: product(X.flatten(-2), fn)),
+    'normalised stream by stream':    ('project', lambda X,fn,eps,product: project(X*(X.square().mean(-1, keepdim=True)+eps).rsqrt(), fn, eps)),
     'post and pre swapped':           ('HyperConnection.forward', wrong_order),
     'post without its factor 2':      ('HyperConnection.forward', wrong_post)}
 
@@ -149,6 +164,7 @@ def test_planted_bugs_are_seen(bug, monkeypatch):
     where,what = PLANTED[bug]
     monkeypatch.setattr(HyperConnection, 'right_forward', HyperConnection.forward, raising=False)
     if '.' in where: monkeypatch.setattr(HyperConnection, 'forward', what)
+    elif where=='sinkhorn': monkeypatch.setattr(HyperConnection, 'sinkhorn', staticmethod(what))
     else: monkeypatch.setattr(hyper, where, what)
     with pytest.raises(AssertionError):
         for seed in range(4): check_connection(seed)
@@ -165,27 +181,30 @@ def test_equal_streams_stay_equal_only_with_the_right_index():
 
 # ---------------------------------------------------------------- precision, modes
 
-def modules():
+def modules(kernels='plain'):
     torch.manual_seed(0)
     cfg = config(4, 24, 5)
     a,h = HyperConnection(cfg),HyperHead(cfg)
     for p in [*a.parameters(), *h.parameters()]: torch.nn.init.normal_(p, std=0.3)
-    return a, h, torch.randn(2,3,4,24), torch.randn(2,3,24)
+    return use(a, kernels), use(h, kernels), torch.randn(2,3,4,24), torch.randn(2,3,24)
 
-def test_gradcheck_of_both_modules():
-    a,h,X,y = modules()
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_gradcheck_of_both_modules(kernels):
+    a,h,X,y = modules(kernels)
     a,h,X,y = a.double(),h.double(),X[:1,:2].double().requires_grad_(),y[:1,:2].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda X,y,*_: connected(a, X, y), (X, y, *a.parameters()), fast_mode=True)
     assert torch.autograd.gradcheck(lambda X,*_: h(X), (X, *h.parameters()), fast_mode=True)
 
-def test_autocast_changes_nothing():
-    a,h,X,y = modules()
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_autocast_changes_nothing(kernels):
+    a,h,X,y = modules(kernels)
     want = [*connected(a, X, y), h(X)]
     with torch.autocast('cpu', dtype=torch.bfloat16): got = [*connected(a, X, y), h(X)]
     for g,w in zip(got, want): assert_close(g, w, rtol=0, atol=0)
 
-def test_bf16_streams_are_rounded_once():
-    a,h,X,y = modules()
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_bf16_streams_are_rounded_once(kernels):
+    a,h,X,y = modules(kernels)
     Xh,yh = X.bfloat16(),y.bfloat16()
     want = connected(a, Xh.float(), yh.float())
     for g,w,dtype in zip(connected(a, Xh, yh), want, [torch.float32]*2+[torch.bfloat16]*2):
@@ -204,16 +223,18 @@ def test_fresh_modules_hold_numbers():
         assert (a.base==0).all() and (a.scale==1).all() and (h.hc_base==0).all() and (h.hc_scale==1).all()
         del a, h
 
-def test_checkpointed_gradients_are_the_same():
-    a,_,X,y = modules()
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_checkpointed_gradients_are_the_same(kernels):
+    a,_,X,y = modules(kernels)
     X.requires_grad_()
     f = lambda X: connected(a, X, y)[3].square().sum()
     want = torch.autograd.grad(f(X), [X,*a.parameters()])
     got = torch.autograd.grad(checkpoint(f, X, use_reentrant=False), [X,*a.parameters()])
     for g,w in zip(got, want): assert_close(g, w, rtol=0, atol=0)
 
-def check_compiled(backend):
-    a,_,X,y = modules()
+def check_compiled(backend, kernels):
+    torch._dynamo.reset()
+    a,_,X,y = modules(kernels)
     a.scale.data.fill_(40.)                      # logits of +-50 and more
     X.requires_grad_()
     f = lambda X: connected(a, X, y)[3]
@@ -224,7 +245,9 @@ def check_compiled(backend):
     assert_close(got, want, rtol=1e-4, atol=1e-4)
     for g,w in zip(gg, gw): assert g.isfinite().all() and (g-w).norm() <= 1e-3*w.norm()
 
-def test_traces_as_one_graph(): check_compiled('aot_eager')
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_traces_as_one_graph(kernels): check_compiled('aot_eager', kernels)
 
 @pytest.mark.slow
-def test_compiled_backward_is_finite(): check_compiled('inductor')
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_compiled_backward_is_finite(kernels): check_compiled('inductor', kernels)

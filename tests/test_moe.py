@@ -5,9 +5,10 @@ from torch.testing import assert_close
 from nanowhale.model import moe as M
 from nanowhale.model.config import WhaleConfig
 from nanowhale.presets import nanowhale_100m, count_params, count_flops
-from nanowhale.model.moe import (MoE, SCORES, balance_loss, bias_step, expert_load, max_vio,
-    route, sqrt_softplus, swiglu)
-from nanowhale.fast.experts import run_experts
+from nanowhale.model.moe import (MoE, SCORES, Experts, balance_loss, bias_step, expert_load, route,
+    run_experts, sqrt_softplus, swiglu)
+from nanowhale.fast.kernels import KERNELS, use
+from nanowhale.train.step import max_vio
 from test_parity import no_downcast
 
 BIAS = 'gate.e_score_correction_bias'
@@ -19,6 +20,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+@pytest.fixture(params=KERNELS)
+def each_set(request, monkeypatch):
+    "Every `MoE` made inside computes with the plain set, then with the fast one"
+    make = MoE.__init__
+    def init(self, *args, **kw):
+        make(self, *args, **kw)
+        use(self, request.param)
+    monkeypatch.setattr(MoE, '__init__', init)
+
+WITH_BOTH = pytest.mark.usefixtures('each_set')
 
 def config(D=8, I=4, E=7, k=3, **kw):
     return WhaleConfig(hidden_size=D, moe_intermediate_size=I, n_routed_experts=E, num_experts_per_tok=k, **kw)
@@ -45,6 +57,8 @@ def pair(cfg):
     theirs.load_state_dict(ours.state_dict())   # strict: the same names and shapes
     return ours,theirs
 
+def load_of(routing): return expert_load(routing.idx, routing.scores.shape[-1])
+
 def forward_and_gradients(m, x, dy):
     x = x.clone().requires_grad_()
     m.zero_grad()
@@ -53,11 +67,12 @@ def forward_and_gradients(m, x, dy):
     (y*dy).sum().backward()
     return y.detach(), dict(x=x.grad, **{n:p.grad for n,p in m.named_parameters()})
 
-def compare(seed):
+def compare(seed, kernels='plain'):
     "Worst difference of the output and of a gradient, relative to its largest entry, in float64"
     torch.manual_seed(seed)
     cfg = random_config(seed)
     ours,theirs = (m.double() for m in pair(cfg))
+    use(ours, kernels)
     x = torch.randn(random.Random(-seed).randint(1, 4), random.Random(seed+7).randint(1, 9), cfg.hidden_size).double()
     dy = torch.randn_like(x)
     with no_downcast(): (y,g),(y_hf,g_hf) = (forward_and_gradients(m, x, dy) for m in (ours,theirs))
@@ -67,9 +82,10 @@ def compare(seed):
     back = max(((g[n]-g_hf[n]).abs().max()/g_hf[n].abs().max().clamp(min=floor)).item() for n in g)
     return ((y-y_hf).abs().max()/y_hf.abs().max().clamp(min=1)).item(), back
 
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('seed', range(60))
-def test_agrees_with_transformers(seed):
-    forward,back = compare(seed)
+def test_agrees_with_transformers(seed, kernels):
+    forward,back = compare(seed, kernels)
     assert forward<1e-9 and back<1e-9, (forward, back, random_config(seed))
 
 # ---------------------------------------------------------------- planted bugs: the comparison must go red
@@ -97,14 +113,16 @@ def weights_in_token_order(x, idx, w, gate_up, down, limit):
     return run_experts(x, idx, w.flatten()[order].view_as(w), gate_up, down, limit)
 
 PLANTED = [('route', f) for f in (weights_from_biased_scores, bias_ignored, not_normalised, normalised_over_all, duplicates)]
-PLANTED += [('swiglu', f) for f in (up_and_gate_swapped, no_clamp, gate_clamped_below)] + [('run_experts', weights_in_token_order)]
+PLANTED += [('swiglu', f) for f in (up_and_gate_swapped, no_clamp, gate_clamped_below)] + [('Experts.run', weights_in_token_order)]
 
 @pytest.mark.parametrize('name,bug', PLANTED, ids=[f.__name__ for _,f in PLANTED])
 def test_planted_bug_is_seen(name, bug, monkeypatch):
-    monkeypatch.setattr(M, name, bug)
+    if name=='Experts.run': monkeypatch.setattr(Experts, 'run', staticmethod(bug))
+    else: monkeypatch.setattr(M, name, bug)
     seeds = [s for s in range(60) if 1<random_config(s).num_experts_per_tok<random_config(s).n_routed_experts and random_config(s).swiglu_limit<1][:4]
     assert len(seeds)==4 and all(compare(s)[0]>1e-3 for s in seeds)
 
+@WITH_BOTH
 def test_shared_expert_is_clamped_and_unscaled():
     torch.manual_seed(0)
     m = fill(MoE(config(swiglu_limit=.5)))
@@ -130,6 +148,7 @@ def naive(m, x, cfg):
         ys.append(y)
     return torch.stack(ys).view_as(x)
 
+@WITH_BOTH
 @pytest.mark.parametrize('D,I,E,k,B,T', [(8,4,7,3,2,5), (5,3,1,1,2,3), (3,6,4,4,1,7), (6,2,9,1,3,1), (4,5,2,2,1,1)])
 def test_agrees_with_loops(D, I, E, k, B, T):
     torch.manual_seed(D)
@@ -147,17 +166,19 @@ class Oracle:
     def zero_grad(self): self.m.zero_grad()
     def named_parameters(self): return self.m.named_parameters()
 
+@WITH_BOTH
 def test_gradcheck():
     torch.manual_seed(0)
     m = fill(MoE(config(5, 3, 4, 2, swiglu_limit=2.)).double())
     names,params = zip(*m.named_parameters())
     def f(x, *p):
         y,r = torch.func.functional_call(m, dict(zip(names, p)), (x,))
-        return y,r.balance_loss()
+        return y, balance_loss(*r)
     assert torch.autograd.gradcheck(f, (torch.randn(2,3,5).double().requires_grad_(), *params))
 
 # ---------------------------------------------------------------- properties
 
+@WITH_BOTH
 def test_order_of_experts_does_not_matter():
     torch.manual_seed(0)
     m,p,x = fill(MoE(config())),torch.randperm(7),torch.randn(2,5,8)
@@ -165,8 +186,11 @@ def test_order_of_experts_does_not_matter():
     with torch.no_grad():
         for v in (m.gate.weight, m.gate.e_score_correction_bias, m.experts.gate_up_proj, m.experts.down_proj): v.copy_(v[p].clone())
     y2,r2 = m(x)
-    assert_close(y2, y); assert_close(r2.load(), r.load()[p]); assert_close(r2.balance_loss(), r.balance_loss())
+    assert_close(y2, y)
+    assert_close(load_of(r2), load_of(r)[p])
+    assert_close(balance_loss(*r2), balance_loss(*r))
 
+@WITH_BOTH
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_tokens_do_not_see_their_batch_mates(dtype):
     torch.manual_seed(0)
@@ -178,6 +202,7 @@ def test_tokens_do_not_see_their_batch_mates(dtype):
     other[0,0] = 100.
     assert_close(m(other)[0][1:], y[1:])
 
+@WITH_BOTH
 def test_only_the_chosen_experts_act():
     torch.manual_seed(0)
     m,x = fill(MoE(config())),torch.randn(1,1,8)
@@ -188,6 +213,7 @@ def test_only_the_chosen_experts_act():
 
 # ---------------------------------------------------------------- corners
 
+@WITH_BOTH
 @pytest.mark.parametrize('score', list(SCORES))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('size', [.0, 1., 1e4])
@@ -196,18 +222,19 @@ def test_always_finite(score, dtype, size):
     for E,k,B,T in ((1,1,2,3), (5,5,2,3), (5,2,1,1), (5,2,3,4)):
         m,x = fill(MoE(config(6, 4, E, k, scoring_func=score))).to(dtype),size*torch.randn(B,T,6)
         y,r = m(x.to(dtype))
-        assert y.dtype==dtype and y.isfinite().all() and r.load().sum()==B*T*k
-        (upcast_mean(y)+r.balance_loss()).backward()
+        assert y.dtype==dtype and y.isfinite().all() and load_of(r).sum()==B*T*k
+        (upcast_mean(y)+balance_loss(*r)).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
 
 def upcast_mean(y): return y.to(torch.promote_types(y.dtype, torch.float32)).square().mean()
 
+@WITH_BOTH
 def test_expert_without_tokens_gets_a_gradient_of_zeros():
     torch.manual_seed(0)
     m = fill(MoE(config()))
     m.gate.e_score_correction_bias[2] = -1e9
     y,r = m(torch.randn(2,5,8))
-    assert r.load()[2]==0
+    assert load_of(r)[2]==0
     y.square().sum().backward()
     for p in (m.experts.gate_up_proj, m.experts.down_proj): assert (p.grad[2]==0).all() and p.grad.isfinite().all() and p.grad.abs().sum()>0
 
@@ -226,6 +253,7 @@ def test_all_equal_logits():
     for _ in range(3): m.gate.e_score_correction_bias.copy_(bias_step(m.gate.e_score_correction_bias, expert_load(m.gate(torch.randn(2,5,8))[1], 7), .1))
     assert m.gate.e_score_correction_bias.abs().sum()>0   # the bias rule breaks the tie
 
+@WITH_BOTH
 def test_no_tokens():
     m = MoE(config())
     assert m.experts(torch.zeros(0,8), torch.zeros(0,3, dtype=torch.long), torch.zeros(0,3)).shape==(0,8)
@@ -246,19 +274,21 @@ def test_score_has_the_exact_gradient_for_every_logit():
     assert plain.isnan().any()                                            # what the plain formula does
     assert_close(g[normal], plain[normal], rtol=3e-6, atol=0)
 
+@WITH_BOTH
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('logit', [-1e30, -1000., -120., -95., -41., 50., 1e5])
 def test_extreme_logits_leave_finite_gradients(dtype, logit):
     m = MoE(config(1, 2, 3, 2)).to(dtype)
     with torch.no_grad(): m.gate.weight.copy_(torch.tensor([[logit],[logit],[0.]]))
     y,r = m(torch.ones(1,2,1, dtype=dtype))
-    (y.float().sum()+r.balance_loss()).backward()
-    assert m.gate.weight.grad.isfinite().all() and r.balance_loss().isfinite()
+    (y.float().sum()+balance_loss(*r)).backward()
+    assert m.gate.weight.grad.isfinite().all() and balance_loss(*r).isfinite()
 
 def test_plain_formula_would_lose_the_router(monkeypatch):
     monkeypatch.setitem(M.SCORES, 'sqrtsoftplus', lambda z: F.softplus(z).sqrt())
     with pytest.raises(AssertionError): test_extreme_logits_leave_finite_gradients(torch.float32, -120.)
 
+@WITH_BOTH
 def test_router_is_float32_in_bf16_and_under_autocast():
     torch.manual_seed(0)
     m,x = fill(MoE(config())),torch.randn(2,5,8)
@@ -273,6 +303,7 @@ def test_router_is_float32_in_bf16_and_under_autocast():
     assert s.dtype==v.dtype==torch.float32
     assert_close(s, sqrt_softplus(x.float()@m.gate.weight.float().T))
 
+@WITH_BOTH
 def test_bf16_is_near_float32():
     torch.manual_seed(1)
     cfg = config(16, 8, 6, 4)
@@ -370,8 +401,8 @@ def test_bias_rule_cures_the_collapse(seed):
             y,r = m(x[None])
             loss = (y[0]-torch.einsum('nij,nj->ni', maps[c], x)).square().mean()
             opt.zero_grad(); loss.backward(); opt.step()
-            bias.copy_(bias_step(bias, r.load(), speed))
-            if step>=150: load,losses = load+r.load(),losses+loss.item()
+            bias.copy_(bias_step(bias, load_of(r), speed))
+            if step>=150: load,losses = load+load_of(r),losses+loss.item()
         return load/load.sum(),losses
     (off,loss_off),(on,loss_on) = train(0.),train(.02)
     assert off.min()<.05 and off.max()>.25 and on.min()>.1 and on.max()<.2 and loss_on<.9*loss_off   # even is a seventh

@@ -5,11 +5,18 @@ from unittest.mock import patch
 import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
 import nanowhale.model.whale
-from nanowhale.model.config import WhaleConfig
+from nanowhale.model.config import SWA, WhaleConfig
 from nanowhale.presets import count_flops, count_params, nanowhale_100m
-from nanowhale.model.whale import Whale, geometry
+from nanowhale.model import mtp
+from nanowhale.model.visibility import views, whole_rows
+from nanowhale.model.whale import Whale
 from nanowhale.model.mtp import MTPBlock, next_embeddings, shift_labels
-from nanowhale.fast.loss import head_loss
+from nanowhale.fast import loss as fast
+from nanowhale.fast.kernels import KERNELS, use
+
+HEAD_LOSS = dict(plain=mtp.head_loss, fast=fast.head_loss)
+
+def surroundings(cfg, ids): return views(cfg, whole_rows(cfg, ids, None))[SWA]   # rope and mask of whole rows
 
 def small(**kw):
     return WhaleConfig(**dict(dict(
@@ -76,8 +83,10 @@ def loss_and_grads(f, h, W, labels, autocast=False):
     return loss.detach(), h.grad, W.grad
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-@pytest.mark.parametrize('int_dtype,V', [(torch.int64, 7), (torch.int32, 7), (torch.int64, 2**22)])   # one slice; slices of eight rows
-def test_head_loss(dtype, int_dtype, V):
+@pytest.mark.parametrize('int_dtype,V,kernels', [(torch.int64, 7, 'plain'), (torch.int64, 7, 'fast'), (torch.int32, 7, 'plain'),
+    (torch.int32, 7, 'fast'), (torch.int64, 2**22, 'fast')])   # one slice; slices of eight rows
+def test_head_loss(dtype, int_dtype, V, kernels):
+    head_loss = HEAD_LOSS[kernels]
     torch.manual_seed(0)
     shape = (2,13) if V==7 else (1,10)
     h,W = torch.randn(*shape, 3, dtype=dtype),torch.randn(V, 3, dtype=dtype)
@@ -91,7 +100,9 @@ def test_head_loss(dtype, int_dtype, V):
     assert all((t==0).all() for t in none)
 
 @pytest.mark.parametrize('autocast', [False, True])
-def test_head_loss_in_bf16_is_no_worse_than_the_naive_one(autocast):
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_head_loss_in_bf16_is_no_worse_than_the_naive_one(autocast, kernels):
+    head_loss = HEAD_LOSS[kernels]
     torch.manual_seed(0)
     h,W,labels = torch.randn(2, 40, 24),torch.randn(300, 24),torch.randint(0, 300, (2,40))
     exact = loss_and_grads(naive_loss, h.double(), W.double(), labels)
@@ -101,7 +112,8 @@ def test_head_loss_in_bf16_is_no_worse_than_the_naive_one(autocast):
     for f,s,e in zip(fast, slow, exact):
         assert f.dtype==s.dtype and (f-e).norm()<=4*(s-e).norm()   # two ways to round; sums in bfloat16 would cost many times as much
 
-def test_head_loss_keeps_no_logits_and_needs_no_gradient():
+def test_the_fast_head_loss_keeps_no_logits_and_needs_no_gradient():
+    head_loss = fast.head_loss
     h,W,labels = torch.randn(1, 64, 4),torch.randn(2**20, 4),torch.randint(0, 9, (1,64))
     with torch.no_grad(): quiet = head_loss(h, W, labels)
     assert not quiet.requires_grad
@@ -117,7 +129,7 @@ def test_block_is_v3s_formula():
     whale,ids = Whale(cfg),torch.randint(0, 31, (2,9))
     block,X,e = whale.mtp[0],whale(ids).streams,whale.model.embed_tokens(ids)
     for norm in (block.enorm, block.hnorm): torch.nn.init.normal_(norm.weight)
-    rope,mask = geometry(cfg, ids)
+    rope,mask = surroundings(cfg, ids)
     W = torch.cat([block.h_proj.weight, block.e_proj.weight], 1)
     norm = lambda n,x: x*(x.square().mean(-1, keepdim=True)+cfg.rms_norm_eps).rsqrt()*n.weight
     both = torch.cat([norm(block.hnorm, X), norm(block.enorm, e)[:,:,None].expand_as(X)], -1)
@@ -161,7 +173,7 @@ def check_reach(whale, ids):
 @torch.no_grad()
 def check_label(whale, ids):
     "The MTP loss is that of the logits at i and the token i+2"
-    rope,mask = geometry(whale.cfg, ids)
+    rope,mask = surroundings(whale.cfg, ids)
     e,X = whale.model.embed_tokens(ids),whale(ids).streams
     told = torch.cat([e[:,1:], torch.zeros_like(e[:,:1])], 1)
     logp = whale.lm_head(whale.mtp[0](X, told, rope, mask)[0]).log_softmax(-1)
@@ -190,10 +202,10 @@ def check_packing(whale, ids):
 
 CHECKS = [check_reach, check_label, check_streams, check_packing]
 
-@pytest.fixture
-def whale_and_ids():
+@pytest.fixture(params=KERNELS)
+def whale_and_ids(request):
     torch.manual_seed(1)
-    whale = Whale(small())
+    whale = use(Whale(small()), request.param)
     with torch.no_grad():
         for p in whale.state_dict().values():
             if p.ndim==1: p.add_(torch.randn_like(p), alpha=0.3)

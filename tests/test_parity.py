@@ -1,8 +1,9 @@
 """`Whale` and transformers' `DeepseekV4ForCausalLM` are one function: logits, losses and gradients, over random configurations.
 
-    pytest tests/test_parity.py                 160 configurations, and what random ones would rarely hit
+    pytest tests/test_parity.py                 160 configurations, half of them with each set of functions (`use`),
+                                                and what random ones would rarely hit with both
     python tests/test_parity.py --n 300         a table: how many configurations, the worst errors and where
-    python tests/test_parity.py --n 1 --seed 7  one configuration alone
+    python tests/test_parity.py --n 1 --seed 7  one configuration alone; --kernels plain or fast
 
 Both models hold the same weights; norms, sinks, scales and the router's bias are random too, since ones and zeros hide
 mistakes. Errors are relative: of logits to the largest of them (or 1), of a gradient to the norm of that parameter's gradient.
@@ -23,6 +24,7 @@ from unittest.mock import patch
 import pytest, torch
 from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
+from nanowhale.fast.kernels import KERNELS, use
 from nanowhale.model import rope
 from nanowhale.model.config import WhaleConfig
 from nanowhale.model.whale import Whale
@@ -57,9 +59,9 @@ def randomise(whale):
             if p.ndim==1: p.normal_(1.0 if 'norm' in name or name.endswith('scale') else 0.0, 0.4)
     return whale
 
-def pair(cfg):
+def pair(cfg, kernels='plain'):
     "A random whale and transformers' model with the same weights"
-    whale,config = randomise(Whale(cfg)),cfg.to_hf()
+    whale,config = use(randomise(Whale(cfg)), kernels), cfg.to_hf()
     config._attn_implementation = config._experts_implementation = 'eager'
     hf = DeepseekV4ForCausalLM(config)
     hf.load_state_dict({k: v for k,v in whale.state_dict().items() if not k.startswith('mtp.')})
@@ -134,12 +136,14 @@ def cost(single, exact):
     grads = {n: ((single[2][n]-g).norm()/g.norm().clamp(min=small)).item() for n,g in exact[2].items()}
     return errors(single, exact)[0],grads
 
-def compare(seed, draw=0):
+def by_turns(seed): return sorted(KERNELS)[seed%2]   # one configuration with the fast set, the next with the plain one
+
+def compare(seed, kernels, draw=0):
     "Worst errors of the configuration drawn from `seed`; another `draw` gives the same one other weights and tokens"
     r = random.Random(seed)
     torch.manual_seed(seed+1_000_003*draw)
     cfg,B,T = random_config(r)
-    whale,hf = pair(cfg)
+    whale,hf = pair(cfg, kernels)
     ids = torch.randint(0, cfg.vocab_size, (B, T))
     labels = ids if r.random()<0.5 else ids.masked_fill(torch.rand(B, T)<0.4, -100)
     labels[0,-1] = ids[0,-1]   # at least one target
@@ -155,16 +159,16 @@ def compare(seed, draw=0):
 
 def beyond(got): return [k for k,limit in LIMITS.items() if not got[k]<=limit]
 
-def compare_twice(seed):
+def compare_twice(seed, kernels):
     """`compare`, and once more with other weights if something is beyond the float32 limits alone: rounding that one draw of
     weights happens to amplify (a score at the very edge of the top-k, a norm of next to nothing) does not return; a bug does"""
-    got = compare(seed)
+    got = compare(seed, kernels)
     again = bool(beyond(got)) and not any(k.endswith('64') for k in beyond(got))
-    return (compare(seed, 1) if again else got)|dict(again=again)
+    return (compare(seed, kernels, 1) if again else got)|dict(again=again)
 
 @pytest.mark.parametrize('seed', range(160))
 def test_random(seed):
-    got = compare_twice(seed)
+    got = compare_twice(seed, by_turns(seed))
     for k,limit in LIMITS.items(): assert got[k]/limit<=1., (k, got)
 
 # ---------------------------------------------------------------- what random configurations would rarely hit
@@ -179,6 +183,8 @@ def same_logits(ours, theirs):
     assert ours.shape==theirs.shape
     assert (ours-theirs).abs().max()<=LIMIT32*max(1, theirs.abs().max())
 
+BOTH = pytest.mark.parametrize('kernels', KERNELS)
+
 @pytest.mark.parametrize('K,R', ODD_R)
 def test_rotary_width_survives_the_fraction(K, R):
     "transformers stores R as a fraction of K and multiplies back: rounding down would drop a channel and change every angle"
@@ -189,30 +195,34 @@ def test_rotary_width_survives_the_fraction(K, R):
     ids = torch.randint(0, 31, (2, 11))
     same_logits(whale(ids).logits, hf(ids).logits)
 
-def test_one_token():
-    whale,hf = pair(small())
+@BOTH
+def test_one_token(kernels):
+    whale,hf = pair(small(), kernels)
     ids = torch.tensor([[3], [30]])
     same_logits(whale(ids).logits, hf(ids).logits)
 
-def test_far_positions_at_the_card_width():
+@BOTH
+def test_far_positions_at_the_card_width(kernels):
     "Head and rotary widths of the 110M preset, 300 tokens, a window of 128, 2 Sinkhorn iterations"
     torch.manual_seed(0)
-    whale,hf = pair(small(head_dim=96, qk_rope_head_dim=32, sliding_window=128, hc_sinkhorn_iters=2))
+    whale,hf = pair(small(head_dim=96, qk_rope_head_dim=32, sliding_window=128, hc_sinkhorn_iters=2), kernels)
     ids = torch.randint(0, 31, (1, 300))
     same_logits(whale(ids).logits, hf(ids).logits)
 
-def test_padding_is_an_attention_mask():
+@BOTH
+def test_padding_is_an_attention_mask(kernels):
     "A left-padded batch: `docs=-1` for us, `attention_mask=0` for transformers"
     torch.manual_seed(1)
-    whale,hf = pair(small(sliding_window=6))
+    whale,hf = pair(small(sliding_window=6), kernels)
     ids = torch.randint(0, 31, (3, 12))
     seen = torch.arange(12)>=torch.tensor([[0], [4], [9]])
     ours,theirs = whale(ids, docs=seen.long()-1).logits,hf(ids, attention_mask=seen.long()).logits
     same_logits(ours[seen], theirs[seen])
 
-def test_packed_documents_are_rows_of_their_own():
+@BOTH
+def test_packed_documents_are_rows_of_their_own(kernels):
     torch.manual_seed(2)
-    whale,hf = pair(small(sliding_window=20))
+    whale,hf = pair(small(sliding_window=20), kernels)
     ids,lengths = torch.randint(0, 31, (1, 17)),(5, 1, 11)
     docs = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     alone = torch.cat([hf(part).logits for part in ids.split(lengths, 1)], 1)
@@ -232,10 +242,11 @@ def test_from_hf_and_to_hf():
     assert back(ids).logits.abs().max()>0 and there(ids).logits.abs().max()>0
     assert set(there.state_dict())==set(hf.state_dict())==set(back.state_dict())
 
-def test_the_comparison_can_fail():
+@BOTH
+def test_the_comparison_can_fail(kernels):
     "A whale whose sinks differ slightly from transformers' is found out, forward and backward"
     torch.manual_seed(4)
-    whale,hf = (model.double() for model in pair(small()))
+    whale,hf = (model.double() for model in pair(small(), kernels))
     ids = torch.randint(0, 31, (2, 9))
     with exactly(): theirs,ours = run(hf, ids, ids),run(whale, ids, ids)
     logits,loss,grads = errors(ours, theirs)
@@ -251,8 +262,9 @@ def main():
     p = argparse.ArgumentParser(description='Compare Whale with transformers over random configurations')
     p.add_argument('--n', type=int, default=160, help='configurations (default: 160)')
     p.add_argument('--seed', type=int, default=0, help='seed of the first one (default: 0)')
+    p.add_argument('--kernels', choices=list(KERNELS), help='the set of functions (default: by turns)')
     a = p.parse_args()
-    rows = [compare_twice(s) for s in range(a.seed, a.seed+a.n)]
+    rows = [compare_twice(s, a.kernels or by_turns(s)) for s in range(a.seed, a.seed+a.n)]
     print(f'{a.n} configurations (seeds {a.seed} to {a.seed+a.n-1}), {sum(r["n_grads"] for r in rows)} gradients'
         f'; drawn again: {[r["seed"] for r in rows if r["again"]] or "none"}')
     print(f'{"":10}{"allowed":>10}{"median":>10}{"worst":>10}  seed')

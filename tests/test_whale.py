@@ -8,14 +8,15 @@ from torch import nn
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
 import nanowhale.model.whale
-from nanowhale.model import attention as mla
-from nanowhale.model import moe
+from nanowhale.fast import attention, experts
+from nanowhale.fast.kernels import KERNELS, use
+from nanowhale.generate import folder
 from nanowhale.model.config import SWA, WhaleConfig
 from nanowhale.presets import count_params, nanowhale_100m, tiny, tiny_v4
-from nanowhale.generate.cache import KVCache
-from nanowhale.generate.cache import Cache
+from nanowhale.generate.cache import Cache, KVCache
+from nanowhale.model.rope import rope_cos_sin
 from nanowhale.model.whale import Whale, init_weights
-from nanowhale.model.visibility import views
+from nanowhale.model.visibility import views, whole_rows
 
 def small(**kw):
     return WhaleConfig(**dict(dict(
@@ -274,9 +275,10 @@ BAD = [
     (dict(input_ids=ids, docs=ids[0]), 'docs: need the shape'),
 ]
 
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('kw,message', BAD)
-def test_bad_batches(kw, message):
-    with pytest.raises(ValueError) as e: Whale(small())(**kw)
+def test_bad_batches(kw, message, kernels):
+    with pytest.raises(ValueError) as e: use(Whale(small()), kernels)(**kw)
     assert str(e.value).startswith(message) and '\n' not in str(e.value)
 
 # ---------------------------------------------------------------- the router's bias
@@ -389,7 +391,8 @@ def test_compiler_prefix_is_not_saved(tmp_path):
     loaded,ids = Whale.from_state_dict(whale.cfg, whale.state_dict()),random_ids(2, 9)
     close(loaded(ids).logits, whale.to_hf()(ids).logits)
 
-STAGES = ['nanowhale.generate.weights.save_file', 'nanowhale.generate.weights.os.fsync', 'nanowhale.model.whale.json.dumps', 'nanowhale.generate.weights.write_weights']
+STAGES = ['nanowhale.generate.weights.save_file', 'nanowhale.train.files.os.fsync', 'nanowhale.generate.folder.json.dumps',
+    'nanowhale.generate.folder.write_weights']
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, stage):
@@ -466,21 +469,19 @@ class Table(Whale):
         super().__init__(cfg)
         self.model.register_buffer('table', torch.ones(3), persistent=False)
 
-class Again(Whale):
+def again(*args, real=folder.from_state_dict):
     "Bug 20: initialised after loading"
-    @classmethod
-    def from_state_dict(cls, *args, **kw):
-        whale = super().from_state_dict(*args, **kw)
-        init_weights(whale, 0.3)
-        return whale
+    whale = real(*args)
+    init_weights(whale, 0.3)
+    return whale
 
-def no_docs(cfg, ids, docs=None, cache=None, *rest): return views(cfg, ids, None, cache)
+def no_docs(cfg, rows, *rest): return views(cfg, rows._replace(docs=None, k_docs=None), *rest)
 
-def late(cfg, ids, docs=None, cache=None, *rest):
+def late(cfg, rows, *rest):
     "Bug 18: the new tokens are rotated one position too far"
-    rope,mask = views(cfg, ids, docs, cache)[SWA]
-    if not cache or not cache.length: return {SWA: (rope,mask)}
-    return {SWA: (nanowhale.model.rope.rope_cos_sin(torch.arange(cache.length, cache.length+ids.shape[1])+1, cfg.qk_rope_head_dim, cfg.rope_theta),mask)}
+    seen = views(cfg, rows, *rest)
+    if not rows.pos[0]: return seen
+    return {SWA: (rope_cos_sin(rows.pos+1, cfg.qk_rope_head_dim, cfg.rope_theta), seen[SWA][1])}
 
 def short_ring(self, kv, real=KVCache.extend):
     "Bug 18: the cache forgets one key too early"
@@ -493,7 +494,7 @@ def first_stream(self, X): return X[:,:,0]
 
 PLANTED = {
     'a buffer that is not saved (bug 11)': (Table, None, {'check_state'}),
-    'initialised after loading (bug 20)': (Again, None, {'check_folder'}),
+    'initialised after loading (bug 20)': (Whale, lambda: patch.object(folder, 'from_state_dict', again), {'check_folder'}),
     'documents see each other (bugs 15, 21)': (Whale, lambda: patch.object(nanowhale.model.whale, 'views', no_docs), {'check_documents'}),
     'cached tokens one position late (bug 18)': (Whale, lambda: patch.object(nanowhale.model.whale, 'views', late), {'check_cache'}),
     'cache one key short (bug 18)': (Whale, lambda: patch.object(KVCache, 'extend', short_ring), {'check_cache'}),
@@ -529,11 +530,12 @@ def kernels(graphs): return sum('flex_attention' in str(n.target) for g in graph
 def test_a_step_is_one_graph_for_the_compiler(packed, fused, monkeypatch):
     "As on a GPU, where the experts run in groups; a break would cost a launch and a wait"
     if not hasattr(torch.nn.functional, 'grouped_mm'): pytest.skip('this torch has no grouped products')
-    monkeypatch.setattr(moe, 'one_by_one', moe.grouped)
-    monkeypatch.setattr(mla, '_uncompiled', mla.SinkAttention.apply)
-    monkeypatch.setattr(nanowhale.model.whale, 'fused_here', lambda *args: fused)
+    monkeypatch.setattr(experts, 'one_by_one', experts.grouped)
+    monkeypatch.setattr(attention, '_chunks_uncompiled', attention.attend_chunks)
+    monkeypatch.setattr(attention, '_blocks_uncompiled', attention.attend_blocks)
+    monkeypatch.setattr(attention, 'fused_here', lambda *args: fused)
     monkeypatch.setattr(flex, '_validate_device', lambda *args: None)      # forbids gradients on a processor
-    whale = Whale(replace(tiny(), num_hidden_layers=1)).bfloat16()
+    whale = use(Whale(replace(tiny(), num_hidden_layers=1)).bfloat16())
     T = 150 if fused else 100
     ids = torch.randint(0, 4096, (2,T))
     docs = (torch.arange(T)>60).long().expand(2, -1) if packed else None
@@ -547,7 +549,7 @@ def test_a_whale_whose_attention_is_one_kernel(monkeypatch):
     "Losses, loads and every gradient, beside those of the chunks; the graph is traced and run as it is, for no kernel can be had on a processor"
     monkeypatch.setattr(flex, '_validate_device', lambda *args: None)
     torch._dynamo.reset()
-    whale = Whale(replace(tiny(), vocab_size=97, num_hidden_layers=1, sliding_window=60, initializer_range=0.2, hc_sinkhorn_iters=2)).double()
+    whale = use(Whale(replace(tiny(), vocab_size=97, num_hidden_layers=1, sliding_window=60, initializer_range=0.2, hc_sinkhorn_iters=2)).double())
     ids = torch.randint(97, (2,150))
     docs = (torch.arange(150)>torch.tensor([[60], [100]])).long()
     def step(net):
@@ -556,17 +558,23 @@ def test_a_whale_whose_attention_is_one_kernel(monkeypatch):
         (out.loss+out.mtp_loss+out.balance_loss).backward()
         return dict(loss=out.loss, mtp=out.mtp_loss, load=out.expert_load, logits=out.logits) | {n: p.grad.clone() for n,p in whale.named_parameters()}
     want,graphs = step(whale),[]
-    monkeypatch.setattr(nanowhale.model.whale, 'fused_here', lambda *args: True)
+    monkeypatch.setattr(attention, 'fused_here', lambda *args: True)
     got = step(torch.compile(whale, backend=recorder(graphs), dynamic=False))
     assert kernels(graphs)==2
     for k in want: assert_close(got[k], want[k], atol=1e-10, rtol=1e-9, msg=lambda m: f'{k}: {m}')
 
-def test_one_kernel_is_for_whole_rows_of_plain_layers():
-    ids = torch.zeros(1, 200, dtype=torch.long)
-    plain,compressing = replace(tiny(), sliding_window=9),tiny_v4()
-    assert isinstance(views(plain, ids, fused=True)[SWA][1], flex.BlockMask)
-    for seen in (views(plain, ids), views(plain, ids, cache=Cache(plain), fused=True), views(compressing, ids, fused=True)):
-        assert isinstance(seen[SWA][1], torch.Tensor)
+def test_one_kernel_is_for_whole_rows_of_plain_layers(monkeypatch):
+    "And never for the plain set, for a text that is continued, or where some layer compresses"
+    monkeypatch.setattr(attention, 'fused_here', lambda K, device: K>0)
+    ids,plain = torch.zeros(1, 200, dtype=torch.long), replace(tiny(), sliding_window=9)
+    whale,compressing = use(Whale(plain)), use(Whale(tiny_v4()))
+    cache = Cache(plain)
+    whale(ids[:,:3], cache=cache)
+    def mask(whale, rows): return views(whale.cfg, rows, whale.see)[SWA][1]
+    assert isinstance(mask(whale, whole_rows(plain, ids, None)), flex.BlockMask)
+    others = [mask(Whale(plain), whole_rows(plain, ids, None)), mask(whale, cache.place(ids)),
+              mask(compressing, whole_rows(compressing.cfg, ids, None))]
+    assert all(isinstance(m, torch.Tensor) for m in others)
 
 def test_from_double_and_back():
     whale,ids = random_whale(),random_ids(2, 9)

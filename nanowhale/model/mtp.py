@@ -16,8 +16,8 @@ from .block import Block
 # %% ../../nbs/1_architecture/11_mtp.ipynb #227d2ebc
 def shift_labels(
     labels:Tensor,          # [B,T] the token at each position, -100 where it is no target
-    by:int,                 # how far ahead the prediction lies: 1 for the main head, 2 for the MTP head
-    docs:Tensor|None=None,  # [B,T] document of each token, negative for padding; None: each row is one document
+    by:int,                 # how far ahead it lies: 1 for the main head, 2 for the MTP head
+    docs:Tensor|None=None,  # [B,T] document of each token, negative for padding; None: one a row
 ) -> Tensor:                # [B,T] the label `by` positions later, -100 where the document has none
     "What position i must predict: token i+`by` of the same document (V3 paper, eq. 24)"
     out = F.pad(labels, (0,by), value=-100)[:,by:]
@@ -28,7 +28,7 @@ def shift_labels(
 # %% ../../nbs/1_architecture/11_mtp.ipynb #06718ee0
 def next_embeddings(
     e:Tensor,               # [B,T,D] embedding of the token at each position
-    docs:Tensor|None=None,  # [B,T] document of each token; None: each row is one document
+    docs:Tensor|None=None,  # [B,T] document of each token; None: one a row
 ) -> Tensor:                # [B,T,D] embedding of the token after it, zeros where its document ends
     "What position i is told before it must predict token i+2: the embedding of token i+1"
     out = F.pad(e[:,1:], (0,0,0,1))
@@ -36,6 +36,7 @@ def next_embeddings(
     ends = F.pad(docs[:,1:], (0,1), value=-1)!=docs
     return out.masked_fill(ends[...,None], 0)
 
+# %% ../../nbs/1_architecture/11_mtp.ipynb #a5352416
 def head_loss(
     h:Tensor,       # [B,T,D] what the head reads
     weight:Tensor,  # [V,D] the head
@@ -48,29 +49,28 @@ def head_loss(
 
 # %% ../../nbs/1_architecture/11_mtp.ipynb #67e44124
 class MTPBlock(Block):
-    "One block more, fed by the trunk's streams and the next token's embedding (V3 paper, eqs. 21-23)"
+    "One block more, fed by the trunk's streams and the next token's embedding (V3 eqs. 21-23)"
     def __init__(self, cfg):
         super().__init__(cfg)
-        D,eps = cfg.hidden_size, cfg.rms_norm_eps
-        self.enorm = RMSNorm(D, eps)
-        self.hnorm = RMSNorm(D, eps)
-        self.norm = RMSNorm(D, eps)
+        D = cfg.hidden_size
+        self.enorm = RMSNorm(D, cfg.rms_norm_eps)
+        self.hnorm = RMSNorm(D, cfg.rms_norm_eps)
+        self.norm = RMSNorm(D, cfg.rms_norm_eps)
         self.e_proj = Linear(D, D)
         self.h_proj = Linear(D, D)
         self.hc_head = HyperHead(cfg)
 
-    def streams(self,
+    def streams(self, X, e, rope, mask, cache=None):
+        "All but the collapse: streams [B,T,N,D] after the block, and its `Routing`"
+        X = self.e_proj(self.enorm(e))[:,:,None] + self.h_proj(self.hnorm(X))
+        return super().forward(X, rope, mask, cache)
+
+    def forward(self,
         X:Tensor,     # [B,T,N,D] the trunk's streams, before its collapse and final norm
         e:Tensor,     # [B,T,D] `next_embeddings`
         rope:tuple,   # cos, sin [T,R/2] of the positions
         mask:Tensor,  # [B or 1,T,S] which keys each query sees
         cache=None,   # this block's keys = values while generating
-    ) -> tuple:       # [B,T,N,D] streams after the block, and its `Routing`
-        "All but the collapse, for whoever goes on from the streams"
-        X = self.e_proj(self.enorm(e))[:,:,None] + self.h_proj(self.hnorm(X))
-        return super().forward(X, rope, mask, cache)
-
-    def forward(self, X, e, rope, mask, cache=None):
-        "What the shared head reads [B,T,D], and the `Routing`; arguments as in `streams`"
+    ) -> tuple:       # what the shared head reads [B,T,D], and the `Routing`
         X,routing = self.streams(X, e, rope, mask, cache)
         return self.norm(self.hc_head(X)), routing

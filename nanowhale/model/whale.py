@@ -9,20 +9,19 @@ __all__ = ['FLOAT32', 'Trunk', 'init_weights', 'check_batch', 'WhaleOutput', 'Wh
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 import torch
 from torch import nn, Tensor
 from .config import SWA, later
-from .attention import Linear, RMSNorm
 from .visibility import views, whole_rows, window_mask
-from .moe import HashRouter, bias_step, hash_table
+from .attention import Linear, RMSNorm
+from .moe import balance_loss, bias_step, expert_load, hash_table
 from .hyper import HyperHead
 from .block import Block
 from .mtp import MTPBlock, head_loss, next_embeddings, shift_labels
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #7a93dfe4
 class Trunk(nn.Module):
-    "Embedding, L blocks on N streams, learned collapse and final norm; named as transformers' `DeepseekV4Model`"
+    "Embedding, L blocks on N streams, collapse and final norm, as transformers' `DeepseekV4Model`"
     def __init__(self, cfg):
         super().__init__()
         self.n_streams = cfg.hc_mult
@@ -51,16 +50,19 @@ def init_weights(
     module:nn.Module,  # built from the course's blocks
     std:float,         # standard deviation of the matrices, `initializer_range`
 ):
-    "Write every parameter and buffer once: matrices N(0, std), norms and scales 1, biases and sinks 0"
+    "Write every number once: matrices N(0, std), norms and scales 1, biases and sinks 0"
     named = dict(module.named_parameters()) | dict(module.named_buffers())
+    zero = ('sinks', 'base', 'hc_base', 'e_score_correction_bias', 'position_bias')
     for name,p in named.items():
         leaf = name.rpartition('.')[-1]
-        if leaf=='tid2eid': p.copy_(hash_table(len(p), len(named[name.replace(leaf, 'weight')]), p.shape[1]))
-        elif leaf=='position_bias': p.zero_()
+        if leaf=='tid2eid':
+            router = named[name.replace(leaf, 'weight')]
+            p.copy_(hash_table(len(p), len(router), p.shape[1]))
+        elif leaf in zero: p.zero_()
         elif p.ndim>1: p.normal_(std=std)
-        elif 'norm' in name or leaf in ('scale','hc_scale'): p.fill_(1)
-        elif leaf in ('sinks','base','hc_base','e_score_correction_bias'): p.zero_()
-        else: raise ValueError(f'{name}: init_weights has no rule for this name; add one, or it starts as noise')
+        elif 'norm' in name or leaf in ('scale', 'hc_scale'): p.fill_(1)
+        else: raise ValueError(f'{name}: init_weights has no rule for this name; '
+            'add one, or it starts as noise')
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #42f5c2b0
 def check_batch(
@@ -78,35 +80,38 @@ def check_batch(
         need(isinstance(x, Tensor), f'need a tensor, got {type(x).__name__}')
         need(x.dtype in (torch.int64,torch.int32), f'need whole numbers (int64), got {x.dtype}')
         need(x.ndim==2, f'need the shape [batch, time], got {list(x.shape)}')
-        need(x.shape==input_ids.shape, f'shape {list(x.shape)} differs from that of input_ids, {list(input_ids.shape)}')
+        need(x.shape==input_ids.shape,
+            f'shape {list(x.shape)} differs from that of input_ids, {list(input_ids.shape)}')
         need(x.numel()>0, f'empty, of shape {list(x.shape)}; need at least one token')
         if name=='docs' or not values: continue
         bad = x[((x<0) | (x>=V)) & ((x!=-100) | (name=='input_ids'))]
-        need(not len(bad), f'{bad[:1].tolist()} is outside the vocabulary, 0 to {V-1}; is this the right tokenizer?')
-
-FLOAT32 = re.compile(r'norm|attn_hc|ffn_hc|hc_head|sinks|position_bias|e_score_correction_bias|\.gate\.weight$')   # kept in float32 in half precision
+        if len(bad): raise ValueError(f'{name}: {bad[0]} is outside the vocabulary, 0 to {V-1}; '
+            'is this the right tokenizer?')
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #ff6acc80
 @dataclass
 class WhaleOutput:
     "What one forward pass returns; None for what was not asked for"
     hidden: Tensor|None = None        # [B,T,D] what the head reads
-    head: nn.Module|None = field(default=None, repr=False)   # the head that reads it
+    head: nn.Module|None = field(default=None, repr=False)   # reads it
     loss: Tensor|None = None          # [] main cross-entropy in nats per label; needs labels
-    mtp_loss: Tensor|None = None      # [] cross-entropy of the token after next; needs labels and an MTP block
-    indexer_loss: Tensor|None = None  # [] divergence of the indexers' choices, mean over queries that saw an entry, and CSA layers; needs gradients
+    mtp_loss: Tensor|None = None      # [] of the token after next; needs labels and an MTP block
+    indexer_loss: Tensor|None = None  # [] mean over queries that saw an entry; needs gradients
     balance_loss: Tensor|None = None  # [] sequence-wise balance losses, summed over the blocks
-    expert_load: Tensor|None = None   # [blocks,E] tokens, padding left out, that went to each expert; last the MTP block's targets, if it ran
+    expert_load: Tensor|None = None   # [blocks,E] real tokens by expert; MTP's targets last
     streams: Tensor|None = None       # [B,T,N,D] after the last block, before the collapse
 
     @cached_property
     def logits(self):
-        "[B,T,V] scores of the next token, computed when first asked for: a training step never needs them"
+        "[B,T,V] scores of the next token, computed when first asked for: training never needs them"
         return self.head(self.hidden)
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #d3f40307
+FLOAT32 = re.compile(   # what stays float32 in half precision
+    r'norm|attn_hc|ffn_hc|hc_head|sinks|position_bias|e_score_correction_bias|\.gate\.weight$')
+
 class Whale(nn.Module):
-    "DeepSeek-V4 in small, under the state-dict keys of transformers' `DeepseekV4ForCausalLM` plus `mtp.0.*`"
+    "DeepSeek-V4 in small, with the keys of transformers' `DeepseekV4ForCausalLM` plus `mtp.0.*`"
     check = staticmethod(check_batch)
     see = staticmethod(window_mask)
     head_loss = staticmethod(head_loss)
@@ -123,31 +128,34 @@ class Whale(nn.Module):
     def forward(self,
         input_ids:Tensor,         # [B,T]
         labels:Tensor|None=None,  # [B,T] not shifted, usually `input_ids` itself; -100 is no target
-        docs:Tensor|None=None,    # [B,T] document of each token, -1 for padding; None: each row is one document
+        docs:Tensor|None=None,    # [B,T] document of each token, -1 for padding; None: one a row
         cache=None,               # what came before; extended by these tokens
-        sparse:bool=True,         # False: queries of compressed sparse attention see all entries, while the indexer learns
+        sparse:bool=True,         # False: an indexer learns, while its queries see all entries
     ) -> WhaleOutput:
-        "What the head reads of each token, and with labels the losses; `.logits` of the output are computed only when used"
+        "What the head reads of each token, and with labels the losses"
         self.check(self.cfg.vocab_size, input_ids, labels, docs)
-        if cache and labels is not None: raise ValueError('labels: they do not go with a cache; pass whole rows')
+        if cache and labels is not None:
+            raise ValueError('labels: they do not go with a cache; pass whole rows')
         rows = cache.place(input_ids, docs) if cache else whole_rows(self.cfg, input_ids, docs)
         learn = [] if labels is not None and torch.is_grad_enabled() else None
         seen = views(self.cfg, rows, self.see, learn, sparse)
+        caches = cache.layers if cache else [None]*len(self.model.layers)
         e = self.model.embed_tokens(input_ids)
-        X,routings = self.model(e, seen, cache.layers if cache else [None]*len(self.model.layers), input_ids)
+        X,routings = self.model(e, seen, caches, input_ids)
         if cache: cache.keep(seen)
         hidden = self.model.norm(self.model.hc_head(X))
-        real = None if docs is None else docs>=0                # of each block, the tokens that its experts are judged by
-        reports = [(routing, real) for routing in routings]
-        losses = {} if labels is None else self.losses(hidden, X, e, seen[SWA], labels, docs, reports)
+        real = None if docs is None else docs>=0
+        reports = [(routing, real) for routing in routings]   # and the tokens that count in each
+        losses = {}
+        if labels is not None: losses = self.losses(hidden, X, e, seen[SWA], labels, docs, reports)
         if learn: losses['indexer_loss'] = torch.stack(learn).mean()
-        # the output is made last: a compiler may lose what is set on an object after a fused kernel, if something was set on it before
+        balance = [balance_loss(*routing, counted) for routing,counted in reports]
+        load = [expert_load(r.idx, r.scores.shape[-1], counted) for r,counted in reports]
         return WhaleOutput(hidden, self.lm_head, streams=X, **losses,
-            balance_loss=torch.stack([routing.balance_loss(counted) for routing,counted in reports]).sum(),
-            expert_load=torch.stack([routing.load(counted) for routing,counted in reports]))
+            balance_loss=torch.stack(balance).sum(), expert_load=torch.stack(load))
 
     def losses(self, hidden, X, e, view, labels, docs, reports):
-        "Cross-entropy of the next token, and of the one after by the MTP block, whose `Routing` joins the reports"
+        "Cross-entropy of the next token and, by the MTP block, of the one after; it reports, too"
         W = self.lm_head.weight
         losses = dict(loss=self.head_loss(hidden, W, shift_labels(labels, 1, docs)))
         for block in self.mtp:
@@ -158,32 +166,33 @@ class Whale(nn.Module):
         return losses
 
     def _apply(self, fn, recurse=True):
-        "What `.to()`, `.bfloat16()` and `.half()` do: all is moved, but what `FLOAT32` names never gets narrower than float32"
-        tensors = dict(chain(self.named_parameters(), self.named_buffers()))
-        kept = {n: t.data for n,t in tensors.items() if FLOAT32.search(n)}
+        "`.to()`, `.bfloat16()` and so on: what `FLOAT32` names never gets narrower than float32"
+        kept = {n: t.data for n,t in self.state_dict(keep_vars=True).items() if FLOAT32.search(n)}
         super()._apply(fn, recurse)
-        for n,t in chain(self.named_parameters(), self.named_buffers()):
+        for n,t in self.state_dict(keep_vars=True).items():
             if n in kept and t.dtype.itemsize<min(4, kept[n].dtype.itemsize):
                 t.data = kept[n].to(t.device, torch.float32)
         return self
 
     def n_params(self,
         mtp:bool=True,  # count the MTP block too?
-    ) -> int:           # numbers in the checkpoint, router biases included, tables of hash layers not
+    ) -> int:           # of the checkpoint, router biases included, tables of hash layers not
         "How many weights the whale has"
-        return sum(v.numel() for k,v in self.state_dict().items() if v.is_floating_point() and (mtp or not k.startswith('mtp.')))
+        weights = {n: t for n,t in self.state_dict().items() if t.is_floating_point()}
+        return sum(t.numel() for n,t in weights.items() if mtp or not n.startswith('mtp.'))
 
     @torch.no_grad()
     def update_router_bias(self,
-        expert_load:Tensor,  # [blocks,E] as in `WhaleOutput`, summed over the batches of an optimizer step
+        expert_load:Tensor,  # [blocks,E] as in `WhaleOutput`, summed over the batches of a step
         speed:float=0.001,   # how far a bias moves
     ):
-        "Once per optimizer step, outside the optimizer: push each router's bias towards its underloaded experts"
-        gates = [b.mlp.gate for b in [*self.model.layers, *self.mtp]]
-        if len(expert_load)!=len(gates): raise ValueError(f'expert_load: {len(expert_load)} rows for {len(gates)} blocks; take it from a pass with labels')
+        "Once per step, outside the optimizer: push each router's bias towards its idle experts"
+        gates = [block.mlp.gate for block in [*self.model.layers, *self.mtp]]
+        if len(expert_load)!=len(gates): raise ValueError(f'expert_load: {len(expert_load)} rows '
+            f'for {len(gates)} blocks; take it from a pass with labels')
         for gate,load in zip(gates, expert_load):
-            if not isinstance(gate, HashRouter):
-                gate.e_score_correction_bias.copy_(bias_step(gate.e_score_correction_bias, load, speed))
+            bias = getattr(gate, 'e_score_correction_bias', None)   # a table has none
+            if bias is not None: bias.copy_(bias_step(bias, load, speed))
 
     from_state_dict = staticmethod(later('folder.from_state_dict'))
     from_pretrained = staticmethod(later('folder.load_whale'))

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 import torch
 from ..presets import count_flops, get_preset
-from ..model.moe import max_vio
+from .step import max_vio
 from ..model.whale import Whale
 from .data import load_tokenizer, read_texts, is_held_out, train_tokenizer
 from nanowhale.train.stream import (Blocks, Stream, as_is, held_out_texts, pack_texts,

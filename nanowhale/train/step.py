@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PARTS', 'n_targets', 'n_queries', 'n_terms', 'watching_mixes', 'cast', 'mixes_of', 'add_gradients',
-           'first_not_finite', 'part_of', 'gradient_norms', 'load_shares', 'load_entropy', 'load_balance', 'train_step']
+           'first_not_finite', 'part_of', 'gradient_norms', 'load_shares', 'load_entropy', 'max_vio', 'load_balance',
+           'train_step']
 
 # %% ../../nbs/2_training/18_step.ipynb #c196a4e5
 import math
@@ -16,7 +17,6 @@ from .recipe import Recipe
 from ..model.config import CSA
 from ..model.hyper import HyperConnection
 from ..model.whale import Whale
-from ..model.moe import max_vio
 from ..model.mtp import shift_labels
 from .optim import schedule, whole
 from .parallel import exchanging, my_rows, n_ranks, total
@@ -186,6 +186,14 @@ def load_entropy(
 ) -> float:        # nats; ln E where all experts have equally much to do
     "Entropy of the experts' load, averaged over the blocks"
     return torch.special.entr(load_shares(load)).sum(-1).mean().item()
+
+def max_vio(
+    load:Tensor,   # [...,E] tokens of each expert, or their shares
+) -> Tensor:       # [...]
+    "By how much the busiest expert exceeds the mean load, in mean loads; 0 where there was none"
+    load = upcast(load)
+    mean = load.mean(-1)
+    return (load.amax(-1)-mean)/mean.where(mean>0, 1)
 
 def load_balance(
     load:Tensor,   # [blocks,E] tokens that chose each expert, or shares
