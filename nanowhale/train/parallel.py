@@ -37,8 +37,8 @@ def local_device(
 LOST = re.compile('connection|timed out|peer|rank', re.I)   # torch's words for no answer
 
 # %% ../../nbs/2_training/16_parallel.ipynb #1c10e3e5
-# Groups, kept until the end of Python: DDP outlives the `with` block, and if it were the last to let
-# go of its group, that would wait, with Python's lock, for threads that need this lock.
+# Groups, kept until the end of Python: DDP outlives the `with` block, and if it were the last
+# to let go of its group, that would wait, with Python's lock, for threads that need this lock.
 _LEFT = []
 
 @contextmanager
