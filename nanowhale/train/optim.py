@@ -18,7 +18,12 @@ LIFT = (3.4445, -4.7750, 2.0315)   # a, b, c of the first polynomial
 SETTLE = (2.0, -1.5, 0.5)          # and of the second
 
 # %% ../../nbs/2_training/15_optim.ipynb #13489ee8
-def products(x, W): return x@W.mT   # [n,M,K] x [n,N,K] -> [n,M,N]
+def products(
+    x:Tensor,   # [n,M,K]
+    W:Tensor,   # [n,N,K]
+) -> Tensor:    # [n,M,N]
+    "n matrix products, each by the transpose of the second"
+    return x@W.mT
 
 def newton_schulz(
     G:Tensor,                             # [...,rows,cols] matrices, each treated on its own

@@ -153,7 +153,11 @@ def starting_a_process():
         for s,handler in before.items(): signal.signal(s, handler)
 
 # %% ../../nbs/2_training/14_stream.ipynb #47b2a857
-def as_is(x): return x   # arrays stay: shared memory, where tensors go, is small in containers
+def as_is(
+    x,   # a block
+):  # -> the same
+    "What a DataLoader collates: its own way is tensors in shared memory, small in containers"
+    return x
 
 # %% ../../nbs/2_training/14_stream.ipynb #ac1a1620
 class Stream:
@@ -212,7 +216,9 @@ class Stream:
         return dict(number=self.block['number'], at=self.block['at'], used=self.used)
 
     @property
-    def packing(self): return self.filled/max(1, self.places)   # share of places with a token
+    def packing(self):
+        "Share of the places in rows that held a token"
+        return self.filled/max(1, self.places)
 
 # %% ../../nbs/2_training/14_stream.ipynb #3ad7b90e
 def warn_of_padding(
