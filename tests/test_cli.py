@@ -7,6 +7,7 @@ import nanowhale.cli as cli
 from nanowhale import __version__
 from nanowhale.cli import main
 from nanowhale.train.recipe import Recipe
+from nanowhale.fast.kernels import in_use
 from runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,8 @@ def test_eval(place):
 def test_info(place):
     r = nanowhale('info', '--preset', 'nanowhale_100m', cwd=place[0])
     assert '114,033,628' in r.stdout
+    here = nanowhale('info', '--device', 'cpu', cwd=place[0]).stdout.split('computed on this machine (cpu):\n')[1]
+    assert [line.split(maxsplit=1) for line in here.splitlines()]==[[*row] for row in in_use('cpu').items()]
     assert nanowhale('info', '--model', 'whale', cwd=place[0]).returncode==0
 
 def test_help_explains_every_option(place):
@@ -204,6 +207,7 @@ CASES = {
     'two models': (['info', '--preset', 'tiny', '--model', 'whale'], 'choose one'),
     'a seed below 0': (['train', '--data', 'data.txt', '--seed', '-1', '--out', 'x'], 'seed=-1'),
     'no steps': (['train', '--data', 'data.txt', '--steps', '0', '--out', 'x'], 'steps=0'),
+    'no such kernels': (['train', '--data', 'data.txt', '--kernels', 'slow', '--out', 'x'], "kernels='slow': choose fast or plain"),
     'no such precision': (['train', '--data', 'data.txt', '--precision', 'int4', '--out', 'x'], 'choose fp32 or bf16'),
     'no such recipe': (['train', '--data', 'data.txt', '--recipe', 'cake', '--out', 'x'], 'choose one of whale, card'),
     'nobody answers': (['train', '--data', 'http://127.0.0.1:9/words.jsonl', '--out', 'x'], 'could not be read'),
@@ -284,7 +288,7 @@ CHECKED_FIRST = [['generate', 'Hi', '--temperature', '-1'], ['generate', '--min-
     ['generate', 'Hi', '--max-new-tokens', '-3'], ['generate', 'Hi', '--seed', '-1'], ['generate', 'Hi', '--drafts', '0'], ['generate', '--device', 'abacus'],
     ['generate', 'Hi', '--speculative', '--compile'], ['chat', '--top-p', '2'], ['chat', '--device', 'abacus'], ['chat', '--max-new-tokens', '-3'],
     ['eval', '--context', '0'], ['eval', '--batch-size', '0'], ['eval', '--device', 'abacus'], ['eval', '--model', 'gone'],
-    ['export', '--dtype', 'int3', '--out', 'x'],
+    ['export', '--dtype', 'int3', '--out', 'x'], ['info', '--device', 'abacus'],
     ['export', '--max-shard-size', 'x', '--out', 'x'], ['export', '--out', 'data.txt'], ['bench', '--preset', 'huge'], ['bench', '--repeats', '0'],
     ['train', '--out', 'data.txt'], ['train', '--out', 'data.txt/x'], ['train', '--steps', '0', '--out', 'x'], ['train', '--seed', '-1', '--out', 'x'],
     ['train', '--device', 'abacus', '--out', 'x'], ['train', '--resume', '--steps', '60']]

@@ -6,6 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from nanowhale.generate import chat as C
 from nanowhale.train import loop as T
+from nanowhale.run import train
 from nanowhale.cli import main
 from nanowhale.train.data import (MARKS, apart, encode, load_tokenizer, marks, train_tokenizer,
     with_marks)
@@ -57,7 +58,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(source):
     out = source/'run'
-    T.train(data=str(source/'text.jsonl'), tokenizer=str(source/'tok'), out=str(out), **SMALL)
+    train(data=str(source/'text.jsonl'), tokenizer=str(source/'tok'), out=str(out), **SMALL)
     return out
 
 @pytest.fixture(scope='module', autouse=True)
@@ -77,23 +78,23 @@ def test_a_run_takes_the_marks_of_its_tokenizer(run, name):
     for folder in (run, *sorted((run/'checkpoints').iterdir())): assert named(folder, name)==WANTED
 
 def test_the_default_runs_marks(source, tmp_path):
-    T.train(data=str(source/'text.jsonl'), out=str(tmp_path/'run'), **SMALL)
+    train(data=str(source/'text.jsonl'), out=str(tmp_path/'run'), **SMALL)
     for name in ('config.json', 'generation_config.json'):
         assert named(tmp_path/'run', name)==dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
 
 def test_all_that_comes_of_a_run_has_its_marks(run, source, tmp_path, monkeypatch):
     options = dict(out=str(tmp_path/'on'), **SMALL)
-    T.train(data=str(source/'text.jsonl'), init=str(run), **options)
-    T.train(chat=str(source/'chat.jsonl'), init=str(run), **{**options, 'out': str(tmp_path/'chat'), 'context': 128})
+    train(data=str(source/'text.jsonl'), init=str(run), **options)
+    train(chat=str(source/'chat.jsonl'), init=str(run), **{**options, 'out': str(tmp_path/'chat'), 'context': 128})
     export(run, str(tmp_path/'export'))
     step = T.Run.one_step
     def stopping(self):
         if self.state['step']==0: signal.raise_signal(signal.SIGTERM)
         return step(self)
     monkeypatch.setattr(T.Run, 'one_step', stopping)
-    with pytest.raises(T.Stopped): T.train(data=str(source/'text.jsonl'), tokenizer=str(source/'tok'), **{**options, 'out': str(tmp_path/'cut')})
+    with pytest.raises(T.Stopped): train(data=str(source/'text.jsonl'), tokenizer=str(source/'tok'), **{**options, 'out': str(tmp_path/'cut')})
     monkeypatch.undo()
-    T.train(out=str(tmp_path/'cut'), resume=True)
+    train(out=str(tmp_path/'cut'), resume=True)
     for folder in ('on', 'chat', 'export', 'cut'):
         for name in ('config.json', 'generation_config.json'): assert named(tmp_path/folder, name)==WANTED, (folder, name)
 
@@ -179,8 +180,8 @@ def test_an_end_serves_where_there_is_no_beginning_and_no_filler(source, tmp_pat
     rows = pack_texts(raw, ['a whale'], 40)
     assert (rows['input_ids'][rows['docs']<0]==3).all()
     for kind,file in (('data', 'text.jsonl'), ('chat', 'chat.jsonl')):
-        if kind=='chat': T.train(init=str(tmp_path/'data'), chat=str(source/file), out=str(tmp_path/kind), **{**SMALL, 'context': 128})
-        else: T.train(tokenizer=str(tmp_path/'tok'), data=str(source/file), out=str(tmp_path/kind), **SMALL)
+        if kind=='chat': train(init=str(tmp_path/'data'), chat=str(source/file), out=str(tmp_path/kind), **{**SMALL, 'context': 128})
+        else: train(tokenizer=str(tmp_path/'tok'), data=str(source/file), out=str(tmp_path/kind), **SMALL)
         assert named(tmp_path/kind, 'config.json')==dict.fromkeys(MARKS, 3)
         assert load_tokenizer(tmp_path/kind).bos_token=='</s>'
 
@@ -284,8 +285,8 @@ def test_a_chat_ends_where_its_template_ends_an_answer(source, tmp_path):
     tok = foreign()
     tok.chat_template = C.TEMPLATE.replace('eos_token', "'<|turn|>'")
     tok.save_pretrained(tmp_path/'tok')
-    T.train(data=str(source/'text.jsonl'), tokenizer=str(tmp_path/'tok'), out=str(tmp_path/'base'), **SMALL)
-    T.train(chat=str(source/'chat.jsonl'), init=str(tmp_path/'base'), out=str(tmp_path/'chat'), **{**SMALL, 'context': 128})
+    train(data=str(source/'text.jsonl'), tokenizer=str(tmp_path/'tok'), out=str(tmp_path/'base'), **SMALL)
+    train(chat=str(source/'chat.jsonl'), init=str(tmp_path/'base'), out=str(tmp_path/'chat'), **{**SMALL, 'context': 128})
     turn = tok.convert_tokens_to_ids('<|turn|>')
     assert named(tmp_path/'base', 'config.json')==WANTED
     for name in ('config.json', 'generation_config.json'): assert named(tmp_path/'chat', name)==WANTED|dict(eos_token_id=turn)

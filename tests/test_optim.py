@@ -1,44 +1,52 @@
 """Muon against an exact decomposition and against torch's own; groups and schedules"""
 import copy
 from dataclasses import replace
+from functools import partial
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 from nanowhale.presets import tiny
 from nanowhale.model.whale import Whale
-from nanowhale.train.optim import Muon, make_optimizers, newton_schulz, schedule, split_params
+import nanowhale.train.optim as o
+from nanowhale.train.optim import LIFT, Muon, make_optimizers, newton_schulz, schedule, split_params
+from nanowhale.fast.kernels import KERNELS, use
+
+both = pytest.mark.parametrize('kernels', KERNELS)
 
 @pytest.mark.parametrize('shape', [(4, 4), (3, 9), (9, 3), (2, 5, 7), (2, 3, 7, 4), (1, 6), (6, 1)])
-def test_newton_schulz_is_the_orthogonal_factor(shape):
+@both
+def test_newton_schulz_is_the_orthogonal_factor(shape, kernels):
     torch.manual_seed(0)
     G = torch.randn(shape, dtype=torch.float64)
+    products = use(Muon([nn.Parameter(G)]), kernels).products
+    def newton_schulz(G): return o.newton_schulz(G, products=products)
     U,_,Vt = torch.linalg.svd(G, full_matrices=False)
     assert_close(newton_schulz(G), U@Vt, atol=0.02, rtol=0)
     assert_close(newton_schulz(1e-4*G), newton_schulz(G), atol=1e-3, rtol=0)   # the gradient's scale does not matter
 
-def test_against_torch_muon():
+@both
+def test_against_torch_muon(kernels, monkeypatch):
     "torch's Muon takes one coefficient triple and 2-D tensors; with the same triple both must walk together"
     torch.manual_seed(0)
     w = torch.randn(6, 10)
     ours,theirs = nn.Parameter(w.clone()),nn.Parameter(w.clone())
-    a = Muon([ours], lr=0.05, momentum=0.9, weight_decay=0.3, scale=0.2)
+    a = use(Muon([ours], lr=0.05, momentum=0.9, weight_decay=0.3, scale=0.2), kernels)
     b = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.3, nesterov=True, adjust_lr_fn='match_rms_adamw', ns_steps=5)
-    import nanowhale.train.optim as o
-    was,o.newton_schulz = o.newton_schulz,lambda G: was(G, ((3.4445, -4.7750, 2.0315),)*5)
-    try:
-        for _ in range(5):
-            g = torch.randn(6, 10)
-            ours.grad,theirs.grad = g.clone(),g.clone()
-            a.step(); b.step()
-    finally: o.newton_schulz = was
+    monkeypatch.setattr(o, 'newton_schulz', partial(newton_schulz, coefs=(LIFT,)*5))
+    for _ in range(5):
+        g = torch.randn(6, 10)
+        ours.grad,theirs.grad = g.clone(),g.clone()
+        a.step()
+        b.step()
     # torch averages the momentum (lerp) and rounds to bf16; directions agree, so the walks stay close
     assert (ours-theirs).norm()/(theirs-w).norm()<0.03
 
-def test_stacked_experts_move_like_single_matrices():
+@both
+def test_stacked_experts_move_like_single_matrices(kernels):
     torch.manual_seed(0)
     w,grads = torch.randn(3, 4, 6),torch.randn(4, 3, 4, 6)
     stack,single = nn.Parameter(w.clone()),[nn.Parameter(x.clone()) for x in w]
-    a,b = Muon([stack]),Muon(single)
+    a,b = use(Muon([stack]), kernels),use(Muon(single), kernels)
     for g in grads:
         stack.grad = g.clone()
         for p,x in zip(single, g): p.grad = x.clone()

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 # %% ../../nbs/2_training/13_data.ipynb #6d0976f1
-SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', '__pycache__'}
+SKIP = {'site-packages', 'dist-packages', '__pycache__',
+    'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo'}
 
 # %% ../../nbs/2_training/13_data.ipynb #7fbce58f
 def docstrings(
@@ -34,13 +35,14 @@ def docstrings(
     "The docstrings of one source file, read without importing it; none where it does not parse"
     try: tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError): return []
-    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    nodes = [n for n in ast.walk(tree) if isinstance(n, documented)]
     return [d for d in map(ast.get_docstring, nodes) if d and len(d)>=min_chars]
 
 # %% ../../nbs/2_training/13_data.ipynb #d814e907
 @cache
 def embedded_corpus() -> tuple[str, ...]:
-    "The English that ships with CPython, a document each: the topics of `help()` and the standard library's docstrings, no text twice"
+    "Python's own English, no text twice: the topics of `help()` and the library's docstrings"
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_path('stdlib'))
     files = [f for f in sorted(root.rglob('*.py')) if not SKIP & set(f.relative_to(root).parts)]
@@ -48,9 +50,12 @@ def embedded_corpus() -> tuple[str, ...]:
     return tuple(dict.fromkeys(t.strip() for t in texts if t.strip()))
 
 # %% ../../nbs/2_training/13_data.ipynb #dd2b619b
-EOL = r'(?:\r\n|\n|\r(?=[^\n]))'                                # the end of a line, on any system
-BOUNDARIES = [re.compile(b) for b in (                          # where a text is cut, the best first
-    rf'{EOL}(?:[ \t]*{EOL})+', EOL, r'[.!?…]["\'”’»)\]]*\s|[。！？]', r'\s')]
+EOL = r'(?:\r\n|\n|\r(?=[^\n]))'                # the end of a line, on any system
+BOUNDARIES = [re.compile(b) for b in (          # where a text is cut, the best first
+    rf'{EOL}(?:[ \t]*{EOL})+',                  # blank lines
+    EOL,
+    r'[.!?…]["\'”’»)\]]*\s|[。！？]',            # the end of a sentence
+    r'\s')]
 
 # %% ../../nbs/2_training/13_data.ipynb #c69ba263
 PIECE = 16_000   # characters of a piece of a long document, in sources of a megabyte and more
@@ -71,7 +76,8 @@ def pieces(
     "Cut a text longer than `3*size`; joined again the pieces are the text"
     rest = ''
     for part in [text] if isinstance(text, str) else text:
-        rest,start = rest+part,0
+        rest += part
+        start = 0
         while len(rest)-start>3*size:   # what is left is no scrap
             end = cut_after(rest, start+size, start+2*size)
             yield rest[start:end]
@@ -87,8 +93,9 @@ def piece_size(
     return PIECE if n_bytes is None else min(PIECE, max(200, n_bytes//50))
 
 # %% ../../nbs/2_training/13_data.ipynb #b0900e6e
-KINDS = {'.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv', '.parquet':'parquet'}   # how the name of a table ends
-PACKED = {'.gz':'gzip', '.zst':'zstd'}                                                          # and of a compressed file
+KINDS = {   # how the name of a table ends
+    '.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv', '.parquet':'parquet'}
+PACKED = {'.gz':'gzip', '.zst':'zstd'}   # how the name of a compressed file ends
 
 # %% ../../nbs/2_training/13_data.ipynb #5a2d35ed
 def is_address(
@@ -116,18 +123,23 @@ def text_of(
     source:str|Path,    # file and row, named in the error
 ) -> str:               # blank where there is none
     "`row[field]`, or an error that says what is there instead"
-    if not isinstance(row, dict): raise NoText(f'{source}: no row with fields, but {json.dumps(row)[:40]}')
+    if not isinstance(row, dict):
+        raise NoText(f'{source}: no row with fields, but {json.dumps(row)[:40]}')
     if field not in row:
         there = ', '.join(map(str, row))[:300] or 'none'
         raise NoText(f'{source}: no text in "{field}" (its fields: {there}); pass --field NAME')
     text = row[field]
-    if isinstance(text, list): text = json.dumps(text, ensure_ascii=False, default=str)   # a conversation
+    if isinstance(text, list):   # a conversation
+        text = json.dumps(text, ensure_ascii=False, default=str)
     try:
         if isinstance(text, bytes): text = text.decode()
         if isinstance(text, str): text.encode()
-    except UnicodeDecodeError: raise NoUTF8(f'{source}: "{field}" is not UTF-8 text') from None
-    except UnicodeEncodeError: raise NoText(f'{source}: half a character (a lone surrogate) in "{field}"') from None
-    if not isinstance(text, str|None): raise NoText(f'{source}: no text in "{field}", but {str(text)[:40]}')
+    except UnicodeDecodeError:
+        raise NoUTF8(f'{source}: "{field}" is not UTF-8 text') from None
+    except UnicodeEncodeError:
+        raise NoText(f'{source}: half a character (a lone surrogate) in "{field}"') from None
+    if not isinstance(text, str|None):
+        raise NoText(f'{source}: no text in "{field}", but {str(text)[:40]}')
     return (text or '').removeprefix(BOM)
 
 # %% ../../nbs/2_training/13_data.ipynb #306f7958
@@ -143,7 +155,8 @@ def open_address(
     from fsspec.core import url_to_fs
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
-    fs,path = url_to_fs(url, **(dict(headers=build_hf_headers()) if url.startswith(constants.ENDPOINT) else {}))
+    on_hub = url.startswith(constants.ENDPOINT)
+    fs,path = url_to_fs(url, **(dict(headers=build_hf_headers()) if on_hub else {}))
     return fs.open(path, 'rb')
 
 @contextmanager
@@ -155,9 +168,9 @@ def open_bytes(
     name = urlsplit(str(path)).path if is_address(path) else str(path)
     packed = PACKED.get(Path(name.lower()).suffix)
     with open_address(str(path)) if is_address(path) else open(path, 'rb') as f:
-        if packed:
+        if not packed: yield f
+        else:
             with CompressedInputStream(f, packed) as unpacked: yield io.BufferedReader(unpacked)
-        else: yield f
 
 # %% ../../nbs/2_training/13_data.ipynb #45d14b4d
 def decoded(
@@ -165,10 +178,13 @@ def decoded(
     path:str|Path,   # named in the error
 ) -> Iterator[str]:
     "A file of text, a part at a time"
-    decoder,at = codecs.getincrementaldecoder('utf-8')(),0
-    def bad(i): return NoUTF8(f'{path} is not UTF-8 text (byte {i}): convert it first, e.g. with `iconv -t utf-8`, or unpack it')
+    decoder = codecs.getincrementaldecoder('utf-8')()
+    at = 0
+    def bad(i): return NoUTF8(f'{path} is not UTF-8 text (byte {i}): '
+        'convert it first, e.g. with `iconv -t utf-8`, or unpack it')
     while True:
-        raw,waiting = f.read(2**16),len(decoder.getstate()[0])
+        raw = f.read(2**16)
+        waiting = len(decoder.getstate()[0])   # bytes of a character whose others are still to come
         try: text = decoder.decode(raw, not raw)
         except UnicodeDecodeError as e: raise bad(at-waiting+e.start) from None
         if '\0' in text: raise bad(at-waiting+len(text[:text.index('\0')].encode()))
@@ -183,13 +199,13 @@ def text_lines(
     path:str|Path,   # named in the error
 ) -> Iterator[str]:
     "The lines of a table, with their ends, whatever these are"
-    number = 0
-    for raw in f:
-        for line in raw.splitlines(keepends=True):
-            number += 1
-            try: text = line.decode()
-            except UnicodeDecodeError: raise NoUTF8(f'{path} is not UTF-8 text (line {number}): convert it first, e.g. with `iconv -t utf-8`') from None
-            yield text.removeprefix(BOM) if number==1 else text
+    lines = (line for raw in f for line in raw.splitlines(keepends=True))
+    for number,line in enumerate(lines, 1):
+        try: text = line.decode()
+        except UnicodeDecodeError:
+            raise NoUTF8(f'{path} is not UTF-8 text (line {number}): '
+                'convert it first, e.g. with `iconv -t utf-8`') from None
+        yield text.removeprefix(BOM) if number==1 else text
 
 def from_json(
     line:str,   # a row
@@ -197,7 +213,7 @@ def from_json(
     "What a line of JSON says"
     try: return json.loads(line)
     except json.JSONDecodeError: raise
-    except ValueError: return json.loads(line, parse_int=float)   # an integer of thousands of digits
+    except ValueError: return json.loads(line, parse_int=float)   # an integer of many digits
 
 def json_rows(
     f,               # a file to read bytes from
@@ -209,8 +225,9 @@ def json_rows(
         if not line.strip(): continue
         try: row = from_json(line)
         except (ValueError, RecursionError) as e:
-            what = f'{e.msg} at character {e.pos+1}' if isinstance(e, json.JSONDecodeError) else first_line(e)
-            raise NoText(f'{path} is not a readable {Path(path).suffix} file: line {number} is no JSON ({what})') from None
+            at = f'{e.msg} at character {e.pos+1}' if isinstance(e, json.JSONDecodeError) else ''
+            raise NoText(f'{path} is not a readable {Path(path).suffix} file: '
+                f'line {number} is no JSON ({at or first_line(e)})') from None
         yield f'line {number}', row
 
 # %% ../../nbs/2_training/13_data.ipynb #9f6453cd
@@ -233,8 +250,12 @@ def csv_rows(
                 names = record
                 if field not in names: yield 'line 1', dict.fromkeys(names)
             elif len(record)==len(names): yield f'line {records.line_num}', dict(zip(names, record))
-            else: raise NoText(f'{path}, line {records.line_num}: {len(record)} values, but {len(names)} fields ({", ".join(names)[:300]})')
-    except csv.Error as e: raise NoText(f'{path} is not a readable {Path(path).suffix} file: line {records.line_num} is no CSV ({first_line(e)})') from None
+            else:
+                raise NoText(f'{path}, line {records.line_num}: {len(record)} values, '
+                    f'but {len(names)} fields ({", ".join(names)[:300]})')
+    except csv.Error as e:
+        raise NoText(f'{path} is not a readable {Path(path).suffix} file: '
+            f'line {records.line_num} is no CSV ({first_line(e)})') from None
 
 # %% ../../nbs/2_training/13_data.ipynb #19117ca1
 def parquet_rows(
@@ -245,16 +266,20 @@ def parquet_rows(
     "The rows of a parquet file, with that field alone"
     from pyarrow.parquet import ParquetFile
     with TemporaryFile() as unpacked:
-        if isinstance(f, io.BufferedReader) and not f.seekable(): shutil.copyfileobj(f, unpacked); f = unpacked
+        if isinstance(f, io.BufferedReader) and not f.seekable():
+            shutil.copyfileobj(f, unpacked)
+            f = unpacked
         table = ParquetFile(f, pre_buffer=False, buffer_size=2**22)
-        names,number = table.schema_arrow.names,0
-        if field not in names: yield 'row 1', dict.fromkeys(names); return
-        for batch in table.iter_batches(1000, columns=[field]):
-            for cell in batch[field]:
-                number += 1
-                try: value = cell.as_py()
-                except UnicodeDecodeError: raise NoUTF8(f'{path}, row {number}: "{field}" is not UTF-8 text') from None
-                yield f'row {number}', {field: value}
+        names = table.schema_arrow.names
+        if field not in names:
+            yield 'row 1', dict.fromkeys(names)
+            return
+        cells = (c for batch in table.iter_batches(1000, columns=[field]) for c in batch[field])
+        for number,cell in enumerate(cells, 1):
+            try: value = cell.as_py()
+            except UnicodeDecodeError:
+                raise NoUTF8(f'{path}, row {number}: "{field}" is not UTF-8 text') from None
+            yield f'row {number}', {field: value}
 
 # %% ../../nbs/2_training/13_data.ipynb #ea9ce44c
 ROWS = dict(json=json_rows, csv=csv_rows, parquet=parquet_rows)   # kind of a table -> its reader
@@ -276,7 +301,9 @@ def texts_of(
 ) -> Iterator[str]:
     "The documents of an open file; a conversation is never cut"
     kind = kind_of(path)
-    if kind=='text': yield from pieces(decoded(f, path), size); return
+    if kind=='text':
+        yield from pieces(decoded(f, path), size)
+        return
     where = None
     for where,row in ROWS[kind](f, path, field):
         text = text_of(row, field, f'{path}, {where}')
@@ -284,20 +311,25 @@ def texts_of(
     if where is None: raise NoText(f'{path} has no rows: nothing to train on')
 
 def read_file(
-    path:str|Path,      # a file or an address of one: text, or a table by the names of `KINDS`; .gz or .zst may follow
+    path:str|Path,      # a file or its address: text, or a table; .gz or .zst may follow
     field:str='text',   # where a row keeps its text
     size:int=PIECE,     # of the pieces of long documents
 ) -> Iterator[str]:
     "The documents of one file, streamed, long ones in pieces"
     away = is_address(path)
-    if not away and (fault := fault_of(Path(path))): raise NoText(f'{path} is {fault}: nothing to train on')
+    if not away and (fault := fault_of(Path(path))):
+        raise NoText(f'{path} is {fault}: nothing to train on')
     try:
         with open_bytes(path) as f: yield from texts_of(f, path, field, size)
     except (NoText, MemoryError): raise
     except Exception as e:
-        if isinstance(e, FileNotFoundError) and not away: raise FileNotFoundError(f'{path}: no such file') from None
-        if away or getattr(e, 'errno', None): raise OSError(f'{path} could not be read: {getattr(e, "strerror", None) or first_line(e)}') from None
-        raise NoText(f'{path} is not a readable {Path(path).suffix} file: {first_line(e)}') from None
+        if isinstance(e, FileNotFoundError) and not away:
+            raise FileNotFoundError(f'{path}: no such file') from None
+        if away or getattr(e, 'errno', None):
+            why = getattr(e, 'strerror', None) or first_line(e)
+            raise OSError(f'{path} could not be read: {why}') from None
+        kind = Path(path).suffix
+        raise NoText(f'{path} is not a readable {kind} file: {first_line(e)}') from None
 
 # %% ../../nbs/2_training/13_data.ipynb #e217e797
 def why_left(
@@ -309,7 +341,7 @@ def why_left(
         if fault := fault_of(path): return fault
         with open_bytes(path) as f:
             if kind_of(path)=='text':
-                for _ in islice(decoded(f, path), 2): pass   # the beginning, and whether more follows
+                for _ in islice(decoded(f, path), 2): pass   # the beginning, and does more follow
                 return None
             where,row = next(ROWS[kind_of(path)](f, path, field), (None, None))
     except NoUTF8: return 'not UTF-8 text'
@@ -328,11 +360,12 @@ def files_of(
     field:str,     # where rows keep their text
 ) -> list[str]:    # paths
     "The files of a folder that hold text; what is left out is said"
-    inside = (f for f in folder.rglob('*') if not any(p.startswith('.') for p in f.relative_to(folder).parts))
-    found = {f: why_left(f, field) for f in sorted(inside) if f.is_symlink() or not f.is_dir()}
-    left = [f'{f.relative_to(folder)} ({why})' for f,why in found.items() if why]
-    told = f'{", ".join(left[:5])}{f" and {len(left)-5} more" if len(left)>5 else ""}'
-    files = [str(f) for f,why in found.items() if not why]
+    def hidden(f): return any(part.startswith('.') for part in f.relative_to(folder).parts)
+    inside = sorted(f for f in folder.rglob('*') if not hidden(f))
+    why = {f: why_left(f, field) for f in inside if f.is_symlink() or not f.is_dir()}
+    left = [f'{f.relative_to(folder)} ({reason})' for f,reason in why.items() if reason]
+    told = ', '.join(left[:5])+(f' and {len(left)-5} more' if len(left)>5 else '')
+    files = [str(f) for f,reason in why.items() if not reason]
     if not files: raise NoText(f'{folder} holds no text{left and f": left out {told}" or ""}')
     if left: say(f'left out of {folder}: {told}')
     return files
@@ -342,13 +375,17 @@ def find_files(
     field:str='text',   # where rows keep their text
 ) -> list[str]|None:
     "The files that `data` means; None where it can only be a name on the Hub"
-    data,path = str(data),Path(data)
-    if not data.strip(): raise ValueError('the data have an empty name: give a file, a folder, an address or a dataset')
+    path = Path(data)
+    data = str(data)
+    if not data.strip():
+        raise ValueError('the data have an empty name: '
+            'give a file, a folder, an address or a dataset')
     if is_address(data): return [data]
     if path.is_dir(): return files_of(path, field)
     if path.exists(): return [data]
     named = path.suffix and '/' not in data or data.count('/')>1 or data.startswith(('.', '/', '~'))
-    if named or kind_of(data)!='text' or path.is_symlink(): raise FileNotFoundError(f'{data}: no such file or folder')
+    if named or kind_of(data)!='text' or path.is_symlink():
+        raise FileNotFoundError(f'{data}: no such file or folder')
 
 # %% ../../nbs/2_training/13_data.ipynb #577ee82b
 def documents(
@@ -357,8 +394,8 @@ def documents(
     size:int=PIECE,    # of the pieces of long documents; the embedded corpus is never cut
 ) -> Iterator[dict]:
     "Rows with a `text`, blank ones left out"
-    texts = chain.from_iterable(read_file(f, field, size) for f in files) if files else embedded_corpus()
-    yield from (dict(text=t) for t in texts if t.strip())
+    texts = chain.from_iterable(read_file(f, field, size) for f in files)
+    yield from (dict(text=t) for t in (texts if files else embedded_corpus()) if t.strip())
 
 # %% ../../nbs/2_training/13_data.ipynb #b9a1fb9b
 def bytes_of(
@@ -379,9 +416,13 @@ def rows_of_hub(
     name:str,    # of the dataset, for errors
 ):  # -> the same with a `text` alone
     "A dataset of the Hub read like a table here"
-    def asked(row, i): return dict(text=text_of(row, field, f'{name}, row {i+1}'), whole=isinstance(row[field], list))
-    def cut(batch): return dict(text=[p for t,whole in zip(batch['text'], batch['whole']) for p in ([t] if whole else pieces(t))])
-    rows = rows.map(asked, with_indices=True).select_columns(['text', 'whole'])
+    def read(row, i):
+        text = text_of(row, field, f'{name}, row {i+1}')
+        return dict(text=text, whole=isinstance(row[field], list))
+    def cut(batch):
+        texts = zip(batch['text'], batch['whole'])
+        return dict(text=[p for t,whole in texts for p in ([t] if whole else pieces(t))])
+    rows = rows.map(read, with_indices=True).select_columns(['text', 'whole'])
     rows = rows.map(cut, batched=True, batch_size=1, remove_columns=['whole'])
     return rows.filter(lambda row: bool(row['text'].strip()))
 
@@ -393,14 +434,16 @@ def open_texts(
     from datasets import IterableDataset, config, load_dataset, logging
     logging.set_verbosity(logging.CRITICAL)   # it would log what the errors below say
     for what in ('OPEN', 'READ'):   # one attempt: who reads on decides about more
-        setattr(config, f'STREAMING_{what}_MAX_RETRIES', 1); setattr(config, f'STREAMING_{what}_RETRY_INTERVAL', 0)
+        setattr(config, f'STREAMING_{what}_MAX_RETRIES', 1)
+        setattr(config, f'STREAMING_{what}_RETRY_INTERVAL', 0)
     files = [] if data is None else find_files(data, field)
     if files is not None:
         parts = dict(files=files, field=field, size=piece_size(bytes_of(files)))
         return IterableDataset.from_generator(documents, gen_kwargs=parts)
     try: rows = load_dataset(str(data), split='train', streaming=True)
-    except Exception as e:   # the Hub's client raises many kinds: a wrong name, no network, no permission
-        raise ValueError(f'{data} is neither a file here nor a dataset that the Hub gives us ({first_line(e)})') from None
+    except Exception as e:   # many kinds: a wrong name, no network, no permission
+        raise ValueError(f'{data} is neither a file here nor a dataset that the Hub gives us '
+            f'({first_line(e)})') from None
     return rows_of_hub(rows, field, str(data))
 
 # %% ../../nbs/2_training/13_data.ipynb #63bc3419
@@ -418,7 +461,8 @@ def number_of(
     text:str,          # one document
 ) -> int:              # of 64 bits, as good as random
     "A number that follows from the characters of a text alone"
-    return int.from_bytes(hashlib.sha1(text.encode(errors='surrogatepass')).digest()[:8], 'big')
+    digest = hashlib.sha1(text.encode(errors='surrogatepass')).digest()
+    return int.from_bytes(digest[:8], 'big')
 
 def is_held_out(
     text:str,          # one document
@@ -438,39 +482,48 @@ def split_held_out(
     return parts
 
 # %% ../../nbs/2_training/13_data.ipynb #a2f1cc31
-BOS,EOS = '<|bos|>','<|eos|>'
+BOS = '<|bos|>'
+EOS = '<|eos|>'
 
 # %% ../../nbs/2_training/13_data.ipynb #69669abd
 def train_tokenizer(
     texts:Iterable[str],    # training documents
     vocab_size:int=2048,    # V, at least 258: every byte and the two marks
 ):  # -> transformers' PreTrainedTokenizerFast
-    "A byte-level BPE tokenizer: no text in the world is unknown to it; `<|bos|>` is id 0 and `<|eos|>` id 1"
+    "A byte-level BPE tokenizer, to which no text is unknown; `<|bos|>` is id 0 and `<|eos|>` id 1"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
-    if vocab_size<258: raise ValueError(f'vocab_size={vocab_size}: a byte-level tokenizer needs at least 258 (256 bytes and two marks)')
+    if vocab_size<258:
+        raise ValueError(f'vocab_size={vocab_size}: a byte-level tokenizer needs at least 258 '
+            '(256 bytes and two marks)')
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer,bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bpe.post_processor = processors.TemplateProcessing(single=f'{BOS} $A', special_tokens=[(BOS, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size,
+        special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False))
+    beginning = dict(single=f'{BOS} $A', special_tokens=[(BOS, 0)])
+    bpe.post_processor = processors.TemplateProcessing(**beginning)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS,
+        pad_token=EOS, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/2_training/13_data.ipynb #c7a10d21
-MARKS = ('bos_token_id', 'eos_token_id', 'pad_token_id')   # what begins a text, ends it, and fills up a row
+MARKS = ('bos_token_id', 'eos_token_id', 'pad_token_id')   # begin a text, end it, fill up a row
 
 def with_marks(
     tok,                        # a transformers tokenizer; changed in place
     name:str|Path='tokenizer',  # what an error calls it
 ):  # -> the same
-    "A tokenizer that has all three marks: where it names no beginning or no filler, its end mark serves"
+    "A tokenizer that has all three marks: its end mark serves as beginning or filler if it must"
     if tok.eos_token_id is None:
-        raise ValueError(f'{name}: it has no mark for the end of a text; name one as "eos_token" in its '
-            'tokenizer_config.json, or choose another tokenizer')
+        raise ValueError(f'{name}: it has no mark for the end of a text; name one as "eos_token" '
+            'in its tokenizer_config.json, or choose another tokenizer')
     for mark in MARKS:
         if getattr(tok, mark) is None: setattr(tok, mark, tok.eos_token_id)
     for word in (tok.bos_token, tok.eos_token):
-        if len(word)==1: raise ValueError(f'{name}: its mark {word!r} may stand in any text; choose another tokenizer')
+        if len(word)==1:
+            raise ValueError(f'{name}: its mark {word!r} may stand in any text; '
+                'choose another tokenizer')
     return tok
 
 # %% ../../nbs/2_training/13_data.ipynb #b630c4b8
@@ -481,20 +534,24 @@ def load_tokenizer(
     from transformers import AutoTokenizer
     try:
         tok = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-        if not isinstance(tok.model_max_length, (int, float)): raise ValueError('model_max_length must be a number')
-    except Exception as e: raise ValueError(f'{name}: no tokenizer could be loaded from there ({first_line(e)})') from None
+        if not isinstance(tok.model_max_length, (int, float)):
+            raise ValueError('model_max_length must be a number')
+    except Exception as e:
+        raise ValueError(f'{name}: no tokenizer could be loaded from there '
+            f'({first_line(e)})') from None
     return with_marks(tok, name)
 
 # %% ../../nbs/2_training/13_data.ipynb #c7a10d24
 @lru_cache(maxsize=2)
 def _marks(tok, size):
+    words = re.compile(r'[\w\s\u2581]+')   # and blanks; the last of these is how some write one
     added = tok.added_tokens_decoder.items()
-    return {i for i,t in added if t.special or not re.fullmatch(r'[\w\s\u2581]+', t.content)}   # the last: a blank, in some
+    return {i for i,t in added if t.special or not words.fullmatch(t.content)}
 
 def marks(
     tok,   # a transformers tokenizer
 ) -> set[int]:
-    "Ids that no text may spell: special tokens, and all else that was added to the vocabulary but words and blanks"
+    "Ids that no text may spell: special tokens, and what else was added but words and blanks"
     return _marks(tok, len(tok))
 
 # %% ../../nbs/2_training/13_data.ipynb #c7a10d25
@@ -503,38 +560,44 @@ def apart(
     text:str,   # any text
 ) -> list[str]:
     "A text in parts, none of which spells a mark: it is cut inside each that it spells"
-    taken,parts = marks(tok),[text]
-    spelled = lambda i, word: i in taken and len(word)>1 and (i!=tok.unk_token_id or word==tok.unk_token)
+    taken = marks(tok)
+    parts = [text]
+    def spelled(i, word):
+        return i in taken and len(word)>1 and (i!=tok.unk_token_id or word==tok.unk_token)
+    def cuts(part, ids, spans):
+        return [a+1 for i,(a,b) in zip(ids, spans) if spelled(i, part[a:b])]
     while True:
         out = tok(parts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        each = zip(parts, out.input_ids, out.offset_mapping)
-        cuts = [[a+1 for i,(a,b) in zip(ids, spans) if spelled(i, part[a:b])] for part,ids,spans in each]
-        if not any(cuts): return parts
-        parts = [p[a:b] for p,at in zip(parts, cuts) for a,b in zip([0, *at], [*at, len(p)])]
+        places = [cuts(*each) for each in zip(parts, out.input_ids, out.offset_mapping)]
+        if not any(places): return parts
+        parts = [p[a:b] for p,at in zip(parts, places) for a,b in zip([0, *at], [*at, len(p)])]
 
 # %% ../../nbs/2_training/13_data.ipynb #88dab201
 def encode(
     tok,                     # a transformers tokenizer
     texts:list[str],         # documents
 ) -> list[list[int]]:        # token ids of each, between the marks for beginning and end
-    "Token ids of each document, with one mark at its beginning and one at its end, whatever it spells and the tokenizer adds"
-    tok,taken = with_marks(tok),marks(tok)
-    ask = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids = tok(texts, **ask).input_ids
+    "Token ids of each document between two marks, whatever it spells and the tokenizer adds"
+    tok = with_marks(tok)
+    taken = marks(tok)
+    as_text = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids = tok(texts, **as_text).input_ids
     for n in [n for n,i in enumerate(ids) if not taken.isdisjoint(i)]:
-        ids[n] = list(chain.from_iterable(tok(apart(tok, texts[n]), **ask).input_ids))
+        ids[n] = list(chain.from_iterable(tok(apart(tok, texts[n]), **as_text).input_ids))
     return [[tok.bos_token_id, *i, tok.eos_token_id] for i in ids]
 
 # %% ../../nbs/2_training/13_data.ipynb #6ef7a9f4
 def pack(
     docs:list[list[int]],    # token ids of each document
     context:int,             # T, targets in a row
-    pad:int=1,               # id that fills the last row; no token sees it and it is never a target
+    pad:int=1,               # id that fills the last row; no token sees it, it is never a target
 ) -> dict[str, Tensor]:      # input_ids and docs, [rows,T+1] each
-    "Documents end to end, cut into rows that overlap by one token so that each token is a target exactly once"
+    "Documents end to end, in rows that overlap by one token: each token is a target exactly once"
     ids = torch.tensor([t for d in docs for t in d])
     doc = torch.tensor([i for i,d in enumerate(docs) for _ in d])
     n = max(1, -(-(len(ids)-1)//context))
     fill = n*context+1-len(ids)
-    rows = lambda x, v: torch.cat([x, x.new_full((fill,), v)]).unfold(0, context+1, context).clone()
+    def rows(line, filler):
+        filled = torch.cat([line, line.new_full((fill,), filler)])
+        return filled.unfold(0, context+1, context).clone()
     return dict(input_ids=rows(ids, pad), docs=rows(doc, -1))

@@ -14,21 +14,28 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # %% ../../nbs/2_training/15_optim.ipynb #85d89fe7
-LIFT,SETTLE = (3.4445, -4.7750, 2.0315),(2.0, -1.5, 0.5)   # a, b, c of the two polynomials
+LIFT = (3.4445, -4.7750, 2.0315)   # a, b, c of the first polynomial
+SETTLE = (2.0, -1.5, 0.5)          # and of the second
 
 # %% ../../nbs/2_training/15_optim.ipynb #13489ee8
-def products(x, W): return x@W.mT   # [n,M,K] x [n,N,K] -> [n,M,N]
+def products(
+    x:Tensor,   # [n,M,K]
+    W:Tensor,   # [n,N,K]
+) -> Tensor:    # [n,M,N]
+    "n matrix products, each by the transpose of the second"
+    return x@W.mT
 
 def newton_schulz(
-    G:Tensor,                               # [...,rows,cols] matrices, each treated on its own
-    coefs:tuple=(LIFT,)*8 + (SETTLE,)*2,    # a, b, c of each round
-    products=products,                      # [n,M,K] x [n,N,K] -> [n,M,N]
-) -> Tensor:                                # [...,rows,cols] the same directions, singular values near one
+    G:Tensor,                             # [...,rows,cols] matrices, each treated on its own
+    coefs:tuple=(LIFT,)*8 + (SETTLE,)*2,  # a, b, c of each round
+    products=products,                    # [n,M,K] x [n,N,K] -> [n,M,N]
+) -> Tensor:                              # the same directions, singular values near one
     "Orthogonalise matrices by matrix products alone (DeepSeek-V4 section 2.4, algorithm 1)"
     wide = G.shape[-2]<=G.shape[-1]
-    X = (G if wide else G.mT).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:])).contiguous()   # the products below have the size of the smaller side
+    X = G if wide else G.mT                 # the products below have the size of the smaller side
+    X = X.reshape(-1, *X.shape[-2:]).contiguous()
     X = X/(torch.linalg.matrix_norm(X, keepdim=True)+1e-7)
-    if X.is_cuda: X = X.bfloat16()          # enough, says section 3.4.1, and tensor cores do little else
+    if X.is_cuda: X = X.bfloat16()          # enough, says section 3.4.1, and fastest there
     for a,b,c in coefs:
         S = products(X, X)                  # X @ X.T; symmetric, so the next line squares it
         X = a*X + products(b*S+c*products(S, S), X.mT)
@@ -47,22 +54,27 @@ def spread_as(
     like:Tensor,   # how it shall lie
 ) -> Tensor:
     "Keep this process's share of `t`, if `like` is spread over several"
-    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else t
+    if not isinstance(like, DTensor): return t
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 # %% ../../nbs/2_training/15_optim.ipynb #f3ed0d50
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalised: every direction of a matrix moves equally far (DeepSeek-V4 section 2.4)"
+    "Momentum, orthogonalised: every direction of a matrix moves equally far (V4 section 2.4)"
     products = staticmethod(products)
+
     def __init__(self,
-        params:Iterable,                # matrices or stacks of them [E,rows,cols]; or groups, whose `blocks` cuts each along its rows
-        lr:float=0.02,                  # learning rate
-        momentum:float=0.95,            # of the running sum of gradients
-        weight_decay:float=0.1,         # share of `lr` by which weights shrink in a step
-        scale:float=0.18,               # step of one number, in units of `lr`, matched to AdamW's
+        params:Iterable,           # matrices, stacks [E,rows,cols], or groups that name `blocks`
+        lr:float=0.02,             # learning rate
+        momentum:float=0.95,       # of the running sum of gradients
+        weight_decay:float=0.1,    # share of `lr` by which weights shrink in a step
+        scale:float=0.18,          # step of one number, in units of `lr`, matched to AdamW's
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, blocks=1))
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, blocks=1)
+        super().__init__(params, defaults)
         for p in (p for group in self.param_groups for p in group['params']):
-            if p.ndim<2: raise ValueError(f'Muon takes matrices, not a tensor of shape {tuple(p.shape)}: give that one to AdamW')
+            if p.ndim<2:
+                raise ValueError('Muon takes matrices, not a tensor of shape '
+                    f'{tuple(p.shape)}: give that one to AdamW')
 
     @torch.no_grad()
     def step(self,
@@ -73,18 +85,22 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:
-                if p.grad is not None: by_shape.setdefault(tuple(sorted(self.size(p, group))), []).append(p)
+                if p.grad is None: continue
+                by_shape.setdefault(tuple(sorted(self.size(p, group))), []).append(p)
             for ps in by_shape.values(): self.step_same_shape(ps, group)
         return loss
 
-    def size(self, p, group): return p.shape[-2]//group['blocks'], p.shape[-1]   # rows and columns of one matrix in `p`
+    def size(self, p, group):
+        "Rows and columns of one matrix in `p`"
+        return p.shape[-2]//group['blocks'], p.shape[-1]
 
     def step_same_shape(self,
-        ps:list[nn.Parameter],   # of one shape, up to transposition and the number of stacked matrices
+        ps:list[nn.Parameter],   # with matrices of one shape, up to transposition
         group:dict,              # their learning rate, momentum, decay, scale and blocks
     ):
         "One batched Newton-Schulz iteration for all of `ps`"
-        gs = [whole(self.direction(p, group['momentum'])).reshape(-1, *self.size(p, group)) for p in ps]
+        moved = [whole(self.direction(p, group['momentum'])) for p in ps]
+        gs = [m.reshape(-1, *self.size(p, group)) for m,p in zip(moved, ps)]
         tall = [g.shape[1]>g.shape[2] for g in gs]
         lying = torch.cat([g.mT if t else g for g,t in zip(gs, tall)])
         steps = newton_schulz(lying, products=self.products).split([len(g) for g in gs])
@@ -102,12 +118,12 @@ class Muon(torch.optim.Optimizer):
         return m.mul_(momentum).add_(p.grad).mul(momentum).add_(p.grad)
 
 # %% ../../nbs/2_training/15_optim.ipynb #c1aa21b9
-TABLES = ('embed_tokens', 'lm_head', 'position_bias')   # one row a token, or a place in a block: no map between directions
+TABLES = ('embed_tokens', 'lm_head', 'position_bias')   # a row a token, or a place: no map
 
 # %% ../../nbs/2_training/15_optim.ipynb #9c536c5d
 def split_params(
     model:nn.Module,   # a `Whale`
-) -> dict[str, dict]:  # 'matrices', 'tables' and 'vectors': name -> parameter; every parameter is in one of them
+) -> dict[str, dict]:  # 'matrices', 'tables', 'vectors': name -> parameter, each in one of them
     "Which parameters are matrices (Muon's), tables and vectors (AdamW's): DeepSeek-V4 section 2.4"
     out = dict(matrices={}, tables={}, vectors={})
     for name,p in model.named_parameters():
@@ -120,8 +136,10 @@ def n_blocks(
     name:str,     # of a matrix
     groups:int,   # G, `o_groups` of the model
 ) -> int:
-    "How many independent matrices one weight holds, one above the other: gate and up of an expert, the groups of the output"
-    return 2 if name.endswith('gate_up_proj') else groups if name.endswith('o_a_proj.weight') else 1
+    "How many independent matrices one weight holds, one above the other"
+    if name.endswith('gate_up_proj'): return 2             # gate and up of an expert
+    if name.endswith('o_a_proj.weight'): return groups     # of the output
+    return 1
 
 # %% ../../nbs/2_training/15_optim.ipynb #09a7b592
 def make_optimizers(
@@ -134,12 +152,15 @@ def make_optimizers(
     "AdamW for everything, or Muon for the matrices and AdamW for the rest"
     matrices,tables,vectors = split_params(model).values()
     decayed = tables if muon_lr else tables|matrices
-    groups = [dict(params=list(decayed.values()), weight_decay=weight_decay), dict(params=list(vectors.values()), weight_decay=0.)]
-    opts = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
-    if not muon_lr: return opts
-    stacks = {}
-    for name,p in matrices.items(): stacks.setdefault(n_blocks(name, model.cfg.o_groups), []).append(p)
-    return [*opts, Muon([dict(params=ps, blocks=n) for n,ps in stacks.items()], lr=muon_lr, weight_decay=weight_decay)]
+    groups = [dict(params=list(decayed.values()), weight_decay=weight_decay),
+        dict(params=list(vectors.values()), weight_decay=0.)]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    if not muon_lr: return [adamw]
+    by_blocks = {}
+    for name,p in matrices.items():
+        by_blocks.setdefault(n_blocks(name, model.cfg.o_groups), []).append(p)
+    groups = [dict(params=ps, blocks=n) for n,ps in by_blocks.items()]
+    return [adamw, Muon(groups, lr=muon_lr, weight_decay=weight_decay)]
 
 # %% ../../nbs/2_training/15_optim.ipynb #7d56b42e
 def schedule(

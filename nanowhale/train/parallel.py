@@ -16,8 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from .data import first_line
 
 # %% ../../nbs/2_training/16_parallel.ipynb #d1082ba1
-def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0              # number of this process, from 0 on
-def n_ranks() -> int: return dist.get_world_size() if dist.is_initialized() else 1     # processes that train together
+def rank() -> int:
+    "Number of this process, from 0 on"
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def n_ranks() -> int:
+    "How many processes train together"
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 # %% ../../nbs/2_training/16_parallel.ipynb #1d4ebad4
 def local_device(
@@ -25,32 +30,40 @@ def local_device(
 ) -> torch.device:
     "The device of this process: with several on one machine, each has a GPU of its own"
     local = os.environ.get('LOCAL_RANK')
-    return torch.device('cuda', int(local)) if local and device.type=='cuda' and device.index is None else device
+    if not local or device.type!='cuda' or device.index is not None: return device
+    return torch.device('cuda', int(local))
 
 # %% ../../nbs/2_training/16_parallel.ipynb #baeab527
-LOST = re.compile('connection|timed out|peer|rank', re.I)   # in torch's words, when a process does not answer
+LOST = re.compile('connection|timed out|peer|rank', re.I)   # torch's words for no answer
 
 # %% ../../nbs/2_training/16_parallel.ipynb #1c10e3e5
-_LEFT = []   # groups, kept until the end of Python: DDP outlives the block, and if it let go last it would wait, with Python's lock, for who needs it
+# Groups, kept until the end of Python: DDP outlives the `with` block, and if it were the last
+# to let go of its group, that would wait, with Python's lock, for threads that need this lock.
+_LEFT = []
 
 @contextmanager
 def ranks(
     device:torch.device,   # where this process computes
     minutes:float=10,      # how long to wait for a lost process before giving up
 ):
-    "Join the processes that `torchrun` started, and leave them at the end; nothing without `torchrun`"
+    "Join the processes that `torchrun` started, leave them at the end; nothing without `torchrun`"
     joins = int(os.environ.get('WORLD_SIZE', 1))>1 and not dist.is_initialized()
     if joins:
-        if device.type=='cuda': torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type=='cuda' else 'gloo', timeout=timedelta(minutes=minutes))
+        gpu = device.type=='cuda'
+        if gpu: torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(minutes=minutes))
     try:
         yield
-        if joins: dist.barrier()   # what still lets go of the last exchange needs Python's lock, which the end of the group holds
+        # What still lets go of the last exchange needs Python's lock, which the group's end holds.
+        if joins: dist.barrier()
     except RuntimeError as e:
         if not joins or not LOST.search(str(e)): raise
-        raise ConnectionError(f'another process was lost or does not answer ({first_line(e)[:120]}): go on from the last checkpoint with --resume') from None
+        raise ConnectionError('another process was lost or does not answer '
+            f'({first_line(e)[:120]}): go on from the last checkpoint with --resume') from None
     finally:
-        if joins: _LEFT.append(dist.group.WORLD); dist.destroy_process_group()
+        if joins:
+            _LEFT.append(dist.group.WORLD)
+            dist.destroy_process_group()
 
 # %% ../../nbs/2_training/16_parallel.ipynb #86c9d4ea
 def total(
@@ -82,7 +95,9 @@ def my_rows(
 ) -> dict[str, Tensor]:       # tensors [n/ranks,...]
     "This process's part of the rows, which are dealt out one by one"
     n = len(next(iter(rows.values())))
-    if n%n_ranks(): raise ValueError(f'{n} rows a step cannot be shared by {n_ranks()} processes: change --batch-size or --accum')
+    if n%n_ranks():
+        raise ValueError(f'{n} rows a step cannot be shared by {n_ranks()} processes: '
+            'change --batch-size or --accum')
     return {k: v[rank()::n_ranks()] for k,v in rows.items()}
 
 # %% ../../nbs/2_training/16_parallel.ipynb #824e8c14
@@ -92,11 +107,14 @@ HOW = ('ddp', 'fsdp')   # copies, shares
 def spread(
     whale:nn.Module,    # a `Whale`, the same in every process, on its device
     how:str='ddp',      # one of `HOW`
-) -> nn.Module:         # what to call in training; `whale` itself stays the model to ask and to save
+) -> nn.Module:         # what to call in training; `whale` stays the model to ask and to save
     "Prepare a model for training by all processes"
     if how not in HOW: raise ValueError(f'parallel={how!r}: choose {" or ".join(HOW)}')
     if n_ranks()==1: return whale
-    if how=='ddp': return DistributedDataParallel(whale, device_ids=[p.device.index for p in [next(whale.parameters())] if p.is_cuda] or None)
+    if how=='ddp':
+        device = next(whale.parameters()).device
+        gpus = [device.index] if device.type=='cuda' else None
+        return DistributedDataParallel(whale, device_ids=gpus)
     for block in (*whale.model.layers, *whale.mtp): fully_shard(block)
     return fully_shard(whale)
 
@@ -108,7 +126,7 @@ def exchanging(
 ):
     "Gradients are added up over the processes only where `now`"
     net = getattr(net, '_orig_mod', net)     # what `torch.compile` made a program of
-    if isinstance(net, FSDPModule): net.set_requires_gradient_sync(now); yield
-    elif isinstance(net, DistributedDataParallel) and not now:
+    if isinstance(net, FSDPModule): net.set_requires_gradient_sync(now)
+    if now or not isinstance(net, DistributedDataParallel): yield
+    else:
         with net.no_sync(): yield
-    else: yield

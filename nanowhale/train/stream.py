@@ -28,12 +28,16 @@ class Documents:
         at:dict|None=None,    # position to begin at, from `at`; None: the beginning
         waits:tuple=WAITS,    # seconds before each new attempt after a failed read
     ):
-        self.data,self.field,self.waits,self.fresh = data,field,waits,at is None
+        self.data = data
+        self.field = field
+        self.waits = waits
+        self.fresh = at is None
         self.go_to(at or dict(epoch=0, source=None))
 
     def go_to(self, at):
         "Stand at the position `at` once more"
-        self.at,self.rows = at,None
+        self.at = at
+        self.rows = None
 
     def read(self,
         chars:int,    # about so many characters
@@ -44,23 +48,29 @@ class Documents:
             except (NoText, UnicodeError, FileNotFoundError): raise
             except Exception as e:
                 if self.fresh: raise              # it never worked: a wrong name, not a weak moment
-                if wait is None: raise OSError(f'{self.data}: {len(self.waits)+1} attempts to read on failed ({first_line(e)})') from None
-                self.go_to(self.at); time.sleep(wait)
+                if wait is None:
+                    raise OSError(f'{self.data}: {len(self.waits)+1} attempts to read on failed '
+                        f'({first_line(e)})') from None
+                self.go_to(self.at)
+                time.sleep(wait)
 
     def read_once(self, chars):
+        "The next documents, at the first attempt"
         if self.rows is None:
-            source = open_texts(self.data, self.field)
-            if self.at['source']: source.load_state_dict(self.at['source'])
-            self.source,self.rows = source,iter(source)
-        texts,n,epoch = [],0,self.at['epoch']
+            self.source = open_texts(self.data, self.field)
+            if self.at['source']: self.source.load_state_dict(self.at['source'])
+            self.rows = iter(self.source)
+        texts = []
+        n = 0
         for row in self.rows:
-            texts.append(row['text']); n += len(row['text'])
+            texts.append(row['text'])
+            n += len(row['text'])
             if n>=chars:
-                self.at = dict(epoch=epoch, source=self.source.state_dict())
+                self.at = dict(epoch=self.at['epoch'], source=self.source.state_dict())
                 break
         else:
             if not texts and not self.at['source']: raise ValueError(f'{self.data} holds no text')
-            self.go_to(dict(epoch=epoch+1, source=None))
+            self.go_to(dict(epoch=self.at['epoch']+1, source=None))
         self.fresh = False
         return texts
 
@@ -71,11 +81,12 @@ def pack_texts(
     context:int,       # T, targets in a row
 ) -> dict[str, Tensor]:  # input_ids and docs, [rows,T+1] each
     "Documents as rows of tokens, each of which is a target"
-    return pack(encode(tok, texts), context, tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
+    filler = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
+    return pack(encode(tok, texts), context, filler)
 
 # %% ../../nbs/2_training/14_stream.ipynb #7a53586a
 class Blocks(IterableDataset):
-    "Blocks of packed training rows, endlessly; each is determined by the seed, its number and its place in the source"
+    "Blocks of packed training rows, endlessly, each determined by seed, number and place"
     def __init__(self,
         data:str|None,         # what `open_texts` takes
         tok,                   # a tokenizer
@@ -87,19 +98,34 @@ class Blocks(IterableDataset):
         start:dict|None=None,  # number and position of the first block; None: the beginning
         pack=pack_texts,       # makes rows of documents; they may hold `labels` too
     ):
-        self.data,self.tok,self.context,self.field,self.chars,self.one_in,self.seed = data,tok,context,field,chars,one_in,seed
-        self.start,self.pack = start or dict(number=0, at=None),pack
+        self.data = data
+        self.tok = tok
+        self.context = context
+        self.field = field
+        self.chars = chars
+        self.one_in = one_in
+        self.seed = seed
+        self.start = start or dict(number=0, at=None)
+        self.pack = pack
 
     def __iter__(self):
-        if get_worker_info(): os.environ['TOKENIZERS_PARALLELISM'] = 'true'   # a process of its own may use every core
-        number,idle = self.start['number'],0
+        if get_worker_info():   # a process of its own may use every core
+            os.environ['TOKENIZERS_PARALLELISM'] = 'true'
+        number = self.start['number']
+        idle = 0   # epochs without a training document
         docs = Documents(self.data, self.field, self.start['at'])
         while True:
             at = docs.at
-            try: block = self.rows([t for t in docs.read(self.chars) if not is_held_out(t, self.one_in)], number)
-            except Exception as e: yield e; return                           # raised where the rows are used
+            try:
+                texts = [t for t in docs.read(self.chars) if not is_held_out(t, self.one_in)]
+                block = self.rows(texts, number)
+            except Exception as e:
+                yield e   # raised where the rows are used
+                return
             idle = 0 if block else idle+(docs.at['source'] is None)
-            if idle==2: yield ValueError(f'{self.data}: no document is left to train on; give more text'); return
+            if idle==2:
+                yield ValueError(f'{self.data}: no document is left to train on; give more text')
+                return
             if block: yield dict(number=number, at=at, **block)
             number += 1
 
@@ -110,15 +136,16 @@ class Blocks(IterableDataset):
         "Documents in a random order, packed, rows in a random order"
         if not texts: return {}
         rng = np.random.default_rng([self.seed, number])
-        packed = self.pack(self.tok, [texts[i] for i in rng.permutation(len(texts))], self.context)
+        shuffled = [texts[i] for i in rng.permutation(len(texts))]
+        packed = self.pack(self.tok, shuffled, self.context)
         order = rng.permutation(len(packed.get('docs', ())))
         return {k: v.numpy().astype(np.int32)[order] for k,v in packed.items()}
 
 # %% ../../nbs/2_training/14_stream.ipynb #430de1ad
 @contextmanager
 def starting_a_process():
-    "Ctrl-C does not reach a process started inside, and its death will not interrupt a step: `next_block` notices it"
-    main = threading.current_thread() is threading.main_thread()   # only there signals can be handled
+    "Ctrl-C does not reach a process started inside, and its death will not interrupt a step"
+    main = threading.current_thread() is threading.main_thread()   # only it handles signals
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGCHLD)} if main else {}
     if main: signal.signal(signal.SIGINT, signal.SIG_IGN)
     try: yield
@@ -126,28 +153,39 @@ def starting_a_process():
         for s,handler in before.items(): signal.signal(s, handler)
 
 # %% ../../nbs/2_training/14_stream.ipynb #47b2a857
-def as_is(x): return x   # DataLoader would turn arrays into tensors in shared memory, which is small in containers
+def as_is(
+    x,   # a block
+):  # -> the same
+    "What a DataLoader collates: its own way is tensors in shared memory, small in containers"
+    return x
 
 # %% ../../nbs/2_training/14_stream.ipynb #ac1a1620
 class Stream:
     "Training rows, as many as a step asks for, from where a run stands"
     def __init__(self,
         blocks:Blocks,            # where rows come from
-        ahead:int=0,              # blocks that a process of its own prepares; 0: none, in this process
+        ahead:int=0,              # blocks that another process prepares; 0: none, in this one
         state:dict|None=None,     # from `state`, to go on there
     ):
-        if state: blocks.start = dict(number=state['number'], at=state['at'])
-        options = dict(num_workers=1, prefetch_factor=ahead, multiprocessing_context='spawn') if ahead else {}
-        loader = DataLoader(blocks, batch_size=None, collate_fn=as_is, generator=torch.Generator(), **options)   # no draw from the run's random numbers
-        with starting_a_process(): self.loader = iter(loader)
         self.begun = state or dict(number=0, at=None, used=0)
-        self.used,self.block,self.waited,self.places,self.filled = state['used'] if state else 0,None,0.,0,0
+        if state: blocks.start = dict(number=state['number'], at=state['at'])
+        options = dict(batch_size=None, collate_fn=as_is)
+        options['generator'] = torch.Generator()   # no draw from the run's random numbers
+        if ahead:
+            options |= dict(num_workers=1, prefetch_factor=ahead, multiprocessing_context='spawn')
+        loader = DataLoader(blocks, **options)
+        with starting_a_process(): self.loader = iter(loader)
+        self.block = None
+        self.used = self.begun['used']   # rows of the block
+        self.waited = 0.                 # seconds
+        self.places = self.filled = 0    # places in rows, and those that held a token
 
     def next_block(self):
         "Wait for a block; what went wrong in the other process is raised here"
         began = time.perf_counter()
         try: block = next(self.loader)
-        except RuntimeError as e: raise OSError(f'the process that prepares the data was lost: {first_line(e)}') from None
+        except RuntimeError as e:
+            raise OSError(f'the process that prepares the data was lost: {first_line(e)}') from None
         self.waited += time.perf_counter()-began
         if isinstance(block, Exception): raise block
         return block
@@ -156,15 +194,20 @@ class Stream:
         n:int,                   # rows
     ) -> dict[str, Tensor]:      # input_ids and docs, [n,T+1] each
         "The next `n` rows; if the source fails, nothing has moved"
-        block,used,parts = self.block,self.used,[]
+        block,used = self.block,self.used
+        parts = []
         while n:
             if block is None: block = self.next_block()
             elif used>=len(block['docs']): block,used = self.next_block(),0
             part = {k: v[used:used+n] for k,v in block.items() if k not in ('number', 'at')}
-            parts.append(part); used += len(part['docs']); n -= len(part['docs'])
-        self.block,self.used = block,used
+            parts.append(part)
+            used += len(part['docs'])
+            n -= len(part['docs'])
+        self.block = block
+        self.used = used
         rows = {k: torch.from_numpy(np.concatenate([p[k] for p in parts])).long() for k in parts[0]}
-        self.places += rows['docs'].numel(); self.filled += int((rows['docs']>=0).sum())
+        self.places += rows['docs'].numel()
+        self.filled += int((rows['docs']>=0).sum())
         return rows
 
     def state(self) -> dict:
@@ -173,7 +216,9 @@ class Stream:
         return dict(number=self.block['number'], at=self.block['at'], used=self.used)
 
     @property
-    def packing(self): return self.filled/max(1, self.places)   # share of the places that held a token
+    def packing(self):
+        "Share of the places in rows that held a token"
+        return self.filled/max(1, self.places)
 
 # %% ../../nbs/2_training/14_stream.ipynb #3ad7b90e
 def warn_of_padding(
@@ -183,7 +228,8 @@ def warn_of_padding(
     docs = block['docs']
     empty = float((docs<0).mean())
     if empty>0.5:
-        print(f'warning: {empty:.0%} of the places in the rows are padding, for {docs.shape[1]-1} targets a row are many for so little text: '
+        print(f'warning: {empty:.0%} of the places in the rows are padding, '
+            f'for {docs.shape[1]-1} targets a row are many for so little text: '
             'choose a smaller --context, or give more text', file=sys.stderr)
 
 # %% ../../nbs/2_training/14_stream.ipynb #c73462f4
@@ -193,14 +239,18 @@ def first_held_out(
     one_in:int,          # share, see `is_held_out`
     chars:int,           # enough of them
     limit:int,           # characters after which to stop looking
-) -> tuple[list[str], int, int]:  # held-out documents, how many others were seen, and the largest number of a document
+) -> tuple[list[str], int, int]:  # held-out documents, how many others, and the largest number
     "The first held-out documents of a source at a given share"
-    held,left,largest,n,seen = [],0,0,0,0
+    held = []
+    left = largest = 0   # how many others, and the largest number
+    n = seen = 0         # characters held out, and read
     for row in open_texts(data, field):
         text = row['text']
         seen += len(text)
         largest = max(largest, number_of(text))
-        if is_held_out(text, one_in): held.append(text); n += len(text)
+        if is_held_out(text, one_in):
+            held.append(text)
+            n += len(text)
         else: left += 1
         if left and n>=chars or seen>=limit: break
     return list(dict.fromkeys(held)), left, largest
