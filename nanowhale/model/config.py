@@ -15,11 +15,7 @@ def reject(field, value, rule):
     "Stop with one line that names the field, shows its value and says what would do instead"
     raise ValueError(f'{field}={value!r:.80}: {rule}')
 
-def check_kind(
-    field:str,  # name of the field, for the message
-    value,      # what it holds
-    kind,       # its annotation: int, float, str, bool, one of them `|None`, or `int|tuple|None`
-):
+def check_kind(field, value, kind):   # a name for the message, what it holds, its annotation
     "Refuse a value that is not of the kind its field is annotated with"
     kinds = getattr(kind, '__args__', (kind,))
     if value is None and type(None) in kinds: return
