@@ -16,39 +16,48 @@ def tiny(
     vocab_size:int=4096,  # V, tokens of the tokenizer it is trained with
 )->WhaleConfig:
     "A whale that two CPU cores train in minutes"
-    return WhaleConfig(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, head_dim=32,
-        qk_rope_head_dim=16, q_lora_rank=64, o_groups=2, o_lora_rank=32, sliding_window=128, max_position_embeddings=512,
+    return WhaleConfig(
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, max_position_embeddings=512,
+        num_attention_heads=4, head_dim=32, qk_rope_head_dim=16, q_lora_rank=64,
+        o_groups=2, o_lora_rank=32, sliding_window=128,
         moe_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2)
 
 # %% ../nbs/1_architecture/03_presets.ipynb #ec3c149e
 def nanowhale_100m()->WhaleConfig:
-    "The nanowhale-100m model card's table: full attention over its context, 2 Sinkhorn rounds, the vocabulary of V4's tokenizer"
-    return WhaleConfig(vocab_size=129280, hidden_size=320, num_hidden_layers=8, num_attention_heads=8, head_dim=96,
-        qk_rope_head_dim=32, q_lora_rank=160, o_groups=2, o_lora_rank=80, sliding_window=2048, max_position_embeddings=2048,
-        moe_intermediate_size=640, n_routed_experts=4, num_experts_per_tok=2, hc_sinkhorn_iters=2)
+    "The nanowhale-100m model card's table: full attention over its context, 2 Sinkhorn rounds"
+    return WhaleConfig(
+        vocab_size=129280, hidden_size=320, num_hidden_layers=8, max_position_embeddings=2048,
+        num_attention_heads=8, head_dim=96, qk_rope_head_dim=32, q_lora_rank=160,
+        o_groups=2, o_lora_rank=80, sliding_window=2048, hc_sinkhorn_iters=2,
+        moe_intermediate_size=640, n_routed_experts=4, num_experts_per_tok=2)
 
 # %% ../nbs/1_architecture/03_presets.ipynb #44287aa3
 def tiny_v4(
     vocab_size:int=4096,  # V, tokens of the tokenizer it is trained with
 )->WhaleConfig:
     "`tiny` with every kind of layer that V4 has, at rates that fit its context"
-    return replace(tiny(vocab_size), sliding_window=32, layer_types=(SWA,CSA,HCA), mlp_layer_types=('hash_moe','moe','moe'),
-        compress_rate_csa=4, compress_rate_hca=16, index_n_heads=4, index_head_dim=32, index_topk=16)
+    return replace(tiny(vocab_size), sliding_window=32,
+        layer_types=(SWA,CSA,HCA), mlp_layer_types=('hash_moe','moe','moe'),
+        compress_rate_csa=4, compress_rate_hca=16,
+        index_n_heads=4, index_head_dim=32, index_topk=16)
 
 def nanowhale_v4()->WhaleConfig:
-    "All of V4 at the card's width: its window, compressed layers, indexer, hash layer and Sinkhorn rounds"
-    return replace(nanowhale_100m(), sliding_window=128, layer_types=(SWA,SWA)+(CSA,HCA)*3, mlp_layer_types=('hash_moe',)+('moe',)*7,
-        hc_sinkhorn_iters=20, yarn_factor=16.0, index_n_heads=8, index_head_dim=64, index_topk=128)
+    "All of V4 at the card's width: window, compressed layers, indexer, hash layer, Sinkhorn rounds"
+    return replace(nanowhale_100m(), sliding_window=128, hc_sinkhorn_iters=20, yarn_factor=16.0,
+        layer_types=(SWA,SWA)+(CSA,HCA)*3, mlp_layer_types=('hash_moe',)+('moe',)*7,
+        index_n_heads=8, index_head_dim=64, index_topk=128)
 
 # %% ../nbs/1_architecture/03_presets.ipynb #b6e7b02f
-PRESETS = dict(tiny=tiny, nanowhale_100m=nanowhale_100m, tiny_v4=tiny_v4, nanowhale_v4=nanowhale_v4)  # name -> function that returns a `WhaleConfig`
+PRESETS = dict(   # name -> function that returns a `WhaleConfig`
+    tiny=tiny, nanowhale_100m=nanowhale_100m, tiny_v4=tiny_v4, nanowhale_v4=nanowhale_v4)
 
 def get_preset(
     name:str,   # one of `PRESETS`
     **changes,  # fields to set otherwise
 )->WhaleConfig:
     "A preset by its name, with some fields changed"
-    if name not in PRESETS: raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return replace(PRESETS[name](), **changes)
 
 # %% ../nbs/1_architecture/03_presets.ipynb #41a9567e
@@ -58,18 +67,24 @@ def layer_params(
     attention:str=SWA,  # kind of the layer
     mlp:str='moe',      # kind of its feed-forward part
 )->dict:                # component -> parameters of one block
-    "Parameters of one block by component, the router's bias included, the table of a hash layer not"
-    D,H,K,G,N,E,I = c.hidden_size,c.num_attention_heads,c.head_dim,c.o_groups,c.hc_mult,c.n_routed_experts,c.moe_intermediate_size
-    query = D*c.q_lora_rank + c.q_lora_rank + c.q_lora_rank*H*K
-    out = H*K*c.o_lora_rank + G*c.o_lora_rank*D
+    "Parameters of one block, the router's bias included, the table of a hash layer not"
+    D,K,N,E = c.hidden_size, c.head_dim, c.hc_mult, c.n_routed_experts
+    HK = c.num_attention_heads*K
+    query = D*c.q_lora_rank + c.q_lora_rank + c.q_lora_rank*HK
+    out = HK*c.o_lora_rank + c.o_groups*c.o_lora_rank*D
     coeffs = N*N + 2*N
-    n = dict(attention = query + D*K + K + H + out,
-        moe = E*D + E*(mlp=='moe') + 3*D*I*((c.num_experts_per_tok if active else E) + c.n_shared_experts),
-        hyper = 2*(coeffs*N*D + coeffs + 3), norm = 2*D)
-    compressor = lambda rate, width, series: (2*D + rate)*series*width + width
-    J,C = c.index_n_heads,c.index_head_dim
+    experts = (c.num_experts_per_tok if active else E) + c.n_shared_experts
+    n = dict(
+        attention=query + D*K + K + c.num_attention_heads + out,
+        moe=E*D + E*(mlp=='moe') + 3*D*c.moe_intermediate_size*experts,
+        hyper=2*(coeffs*N*D + coeffs + 3),
+        norm=2*D)
+    def compressor(rate, width, series): return (2*D + rate)*series*width + width
     if attention==HCA: n['compress'] = compressor(c.compress_rate_hca, K, 1)
-    if attention==CSA: n['compress'] = sum(compressor(c.compress_rate_csa, w, 2) for w in (K,C)) + c.q_lora_rank*J*C + D*J
+    if attention==CSA:
+        widths = K, c.index_head_dim
+        n['compress'] = sum(compressor(c.compress_rate_csa, w, 2) for w in widths)
+        n['compress'] += c.index_n_heads*(c.q_lora_rank*c.index_head_dim + D)
     return n
 
 # %% ../nbs/1_architecture/03_presets.ipynb #e529eb99
@@ -87,20 +102,21 @@ def count_params(
     active:bool=False,  # count only the experts that one token visits
 )->dict:                # component -> parameters
     "Parameters of the whole whale by component; their sum is what a checkpoint stores"
-    D,N = c.hidden_size,c.hc_mult
+    D,N = c.hidden_size, c.hc_mult
     collapse = N*N*D + N + 1
     n = add_up(layer_params(c, active, *kinds) for kinds in c.kinds)
     n['hyper'] += collapse
     n['norm'] += D
     mtp = sum(layer_params(c, active).values()) + 2*D*D + 3*D + collapse
-    return dict(embed=c.vocab_size*D) | n | dict(head=c.vocab_size*D, mtp=c.num_nextn_predict_layers*mtp)
+    vocab = c.vocab_size*D
+    return dict(embed=vocab) | n | dict(head=vocab, mtp=c.num_nextn_predict_layers*mtp)
 
 # %% ../nbs/1_architecture/03_presets.ipynb #5df2739f
 def mean_keys(
     T:int,  # tokens in the context
     W:int,  # window, the query itself included
 )->float:   # keys that a query sees, averaged over the context
-    "How many keys a query sees under a causal sliding window, on average over a context of T tokens"
+    "How many keys a query sees under a causal sliding window, on average over T tokens"
     w = min(T, W)
     return (w*(w+1)/2 + (T-w)*w)/T
 
@@ -110,28 +126,35 @@ def mean_entries(
     rate:int,       # tokens in one entry
     most:int=2**62, # entries that a query may see
 )->float:           # entries that a query sees, averaged over the context
-    "How many finished blocks of `rate` tokens lie behind a query, on average, no more than `most` of them"
+    "How many finished blocks of `rate` tokens lie behind a query, on average, at most `most`"
     few = min(T, most*rate-1)
     q = few//rate
     return (rate*q*(q-1)/2 + q*(few-q*rate+1) + (T-few)*most)/T
 
 # %% ../nbs/1_architecture/03_presets.ipynb #dcb2197b
 def layer_flops(
-    c,      # WhaleConfig
-    T:int,  # tokens in the context
+    c,                  # WhaleConfig
+    T:int,              # tokens in the context
     attention:str=SWA,  # kind of the layer
-)->dict:    # component -> forward FLOPs per token of one block
-    "Forward FLOPs of one block per token, two for each multiply-add; norms, softmax and activations are not counted"
-    D,H,K,G,N,I = c.hidden_size,c.num_attention_heads,c.head_dim,c.o_groups,c.hc_mult,c.moe_intermediate_size
-    project = D*c.q_lora_rank + c.q_lora_rank*H*K + D*K + H*K*c.o_lora_rank + G*c.o_lora_rank*D
-    experts = 3*D*I*(c.num_experts_per_tok + c.n_shared_experts)
-    streams = (N*N+2*N)*N*D + N*D + (N*N+N)*D   # coefficients, streams to one, one and streams back to streams
-    n = dict(attention=2*project, scores=4*H*K*mean_keys(T, c.sliding_window),
-        moe=2*(D*c.n_routed_experts + experts), hyper=2*2*streams)
-    m,J,C = c.compress_rate_csa,c.index_n_heads,c.index_head_dim
-    if attention==HCA: return n | dict(scores=n['scores']+4*H*K*mean_entries(T, c.compress_rate_hca), compress=4*D*K)
-    if attention==CSA: return n | dict(scores=n['scores']+4*H*K*mean_entries(T, m, c.index_topk),
-        compress=8*D*(K+C) + 2*(c.q_lora_rank*J*C + D*J) + 2*J*C*mean_entries(T, m))
+)->dict:                # component -> forward FLOPs per token of one block
+    "Forward FLOPs of one block per token, two for each multiply-add of a product"
+    D,K,N = c.hidden_size, c.head_dim, c.hc_mult
+    HK = c.num_attention_heads*K
+    project = (D + HK)*c.q_lora_rank + D*K + (HK + c.o_groups*D)*c.o_lora_rank
+    experts = 3*D*c.moe_intermediate_size*(c.num_experts_per_tok + c.n_shared_experts)
+    streams = (N*N+2*N)*N*D + N*D + (N*N+N)*D   # coefficients, streams to one, one and streams back
+    n = dict(
+        attention=2*project,
+        scores=4*HK*mean_keys(T, c.sliding_window),
+        moe=2*(D*c.n_routed_experts + experts),
+        hyper=2*2*streams)
+    if attention==HCA:
+        n['scores'] += 4*HK*mean_entries(T, c.compress_rate_hca)
+        n['compress'] = 4*D*K
+    if attention==CSA:
+        m,J,W = c.compress_rate_csa, c.index_n_heads, c.index_head_dim
+        n['scores'] += 4*HK*mean_entries(T, m, c.index_topk)
+        n['compress'] = 8*D*(K+W) + 2*J*(c.q_lora_rank*W + D + W*mean_entries(T, m))
     return n
 
 # %% ../nbs/1_architecture/03_presets.ipynb #540d0f33
@@ -140,8 +163,10 @@ def count_flops(
     T:int=None,  # tokens in the context; None: `max_position_embeddings`
 )->dict:         # component -> forward FLOPs per token
     "Forward FLOPs of the whale per token by component; training costs three times their sum"
-    D,N,T = c.hidden_size,c.hc_mult,T or c.max_position_embeddings
-    collapse,head = 2*(N*N*D + N*D), 2*D*c.vocab_size
+    D,N = c.hidden_size, c.hc_mult
+    T = T or c.max_position_embeddings
+    collapse = 2*(N*N*D + N*D)
+    head = 2*D*c.vocab_size
     n = add_up(layer_flops(c, T, attention) for attention,_ in c.kinds)
     n['hyper'] += collapse
     mtp = sum(layer_flops(c, T).values()) + 2*(D*D + N*D*D) + collapse + head
@@ -153,9 +178,12 @@ def cache_bytes(
     T:int,                  # tokens so far
     bytes_per_value:int=2,  # 2 for bf16, 4 for float32
 )->int:                     # bytes over all layers of the trunk
-    "Bytes kept for the next token: one vector per token of the window and layer, one per compressed entry, and the blocks still open"
+    "Bytes kept for the next token: the window, compressed entries, and the blocks still open"
     def kept(attention):
-        if attention==SWA: return 0
-        rate,widths,series = c.rates[attention],(c.head_dim,)+(c.index_head_dim,)*(attention==CSA),1+(attention==CSA)
-        return sum(T//rate*w + min(T, rate*series)*2*series*w for w in widths)
-    return sum(min(T, c.sliding_window)*c.head_dim + kept(attention) for attention,_ in c.kinds)*bytes_per_value
+        window = min(T, c.sliding_window)*c.head_dim
+        if attention==SWA: return window
+        rate = c.rates[attention]
+        series = 1 + (attention==CSA)
+        widths = [c.head_dim] + [c.index_head_dim]*(attention==CSA)
+        return window + sum(T//rate*w + min(T, rate*series)*2*series*w for w in widths)
+    return sum(kept(attention) for attention,_ in c.kinds)*bytes_per_value

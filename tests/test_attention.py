@@ -3,24 +3,25 @@
 Legend: B rows, T tokens, S keys, D width, H heads, K channels of a head, R rotating ones, Q query rank, G groups,
 O outputs of a group, W window.
 """
-import json, math, random, shutil
+import json, math, random, shutil, sys
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
-from nanowhale.model import attention as mla
 from nanowhale.model.config import WhaleConfig
 from nanowhale.presets import nanowhale_100m
+from nanowhale.model.rope import rope_cos_sin
+from nanowhale.model.visibility import window_mask
+from nanowhale.model import attention as mla
 from nanowhale.model.attention import (Attention, GroupedLinear, RMSNorm, attend as attend_dense,
     rms_norm)
 from nanowhale.generate.cache import KVCache
+from nanowhale.fast import attention as fast_attention
 from nanowhale.fast.attention import (attend, attend_fused, chunk_scores, fused_here, fused_mask,
     row_mask)
-from nanowhale.model.visibility import window_mask
-from nanowhale.model.rope import rope_cos_sin
+from nanowhale.fast.kernels import use
 from test_parity import exact_angles, exactly
 
 # ---------------------------------------------------------------- the setting: sizes, modules, the loops
@@ -52,10 +53,11 @@ def case(seed, dtype=torch.float32):
     docs = torch.tensor([sorted(r.choices([-1, 0, 1, 2], k=T)) for _ in range(B)])
     return cfg,attn,torch.randn(B, T, cfg.hidden_size, dtype=dtype),docs
 
-def run(attn, cfg, x, docs=None, start=0, window=None):
+def run(attn, cfg, x, docs=None, start=0, window=None, see=None):
+    see = see or window_mask
     pos = torch.arange(start, start+x.shape[1], dtype=torch.float64 if x.dtype==torch.float64 else None)
     rope = rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta)
-    return attn(x, rope, mla.window_mask(pos, pos, window or cfg.sliding_window, docs, docs))
+    return attn(x, rope, see(pos, pos, window or cfg.sliding_window, docs, docs))
 
 def loops(attn, cfg, x, docs=None, start=0):
     "The whole attention over b, t, h and s in float64 numpy; shares no line with the package"
@@ -148,9 +150,28 @@ def test_equals_transformers_at_the_real_width(window):
     x = torch.randn(2, 40, cfg.hidden_size)
     assert_close(run(attn, cfg, x), run_theirs(*theirs(cfg, attn), cfg, x), atol=1e-5, rtol=1e-5)
 
+def whole_row_mask(pos, _, *rest):
+    "`row_mask` of whole numbers, of which `run` makes float64 for the angles"
+    pos = pos.long()
+    return row_mask(pos, pos, *rest)
+
+@pytest.mark.parametrize('seed', range(10))
+def test_the_fast_set_computes_what_the_plain_one_does(seed):
+    "A whole layer over rows of several chunks: output, and the gradients of input and weights"
+    cfg,attn,_,_ = case(500+seed, torch.float64)
+    torch.manual_seed(seed)
+    x = torch.randn(2, 300, cfg.hidden_size, dtype=torch.float64, requires_grad=True)
+    docs = torch.arange(300).expand(2, -1)//70 if seed%2 else None
+    found = []
+    for kernels,see in (('plain', window_mask), ('fast', whole_row_mask)):
+        use(attn, kernels)
+        y = run(attn, cfg, x, docs, see=see)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, *attn.parameters()])))
+    for a,b in zip(*found): assert_close(a, b, atol=1e-10, rtol=1e-8)
+
 # ---------------------------------------------------------------- planted bugs
 
-ok_attend,ok_mask,ok_rotate = attend,window_mask,mla.rotate
+ok_attend,ok_mask,ok_rotate = attend_dense,window_mask,mla.rotate
 def no_sink(sinks): return torch.full_like(sinks, float('-inf'))
 def sink_token(q, kv, sinks, mask):
     token = sinks.mean()*torch.ones_like(kv[:,:1])
@@ -163,14 +184,15 @@ def leading(x, cos, sin):
     return ok_rotate(x.roll(x.shape[-1]-2*cos.shape[-1], -1), cos, sin).roll(2*cos.shape[-1]-x.shape[-1], -1)
 def query(self, x): return self.q_b_proj(self.q_a_norm(self.q_a_proj(x))).unflatten(-1, (-1, self.head_dim))
 
+THIS = sys.modules[__name__]
 BUGS = {   # name -> (where, attribute, the wrong thing)
-    'sink declared, never used': (mla, 'attend', lambda q,kv,s,m: ok_attend(q, kv, no_sink(s), m)),
-    'sink as a token':           (mla, 'attend', sink_token),
-    'sink divided by sqrt(K)':   (mla, 'attend', lambda q,kv,s,m: ok_attend(q, kv, s*q.shape[-1]**-0.5, m)),
-    'no scale':                  (mla, 'attend', lambda q,kv,s,m: ok_attend(q*q.shape[-1]**0.5, kv, s, m)),
-    'window one too long':       (mla, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W+1, *d)),
-    'window one too short':      (mla, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W-1, *d)),
-    'documents ignored':         (mla, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W)),
+    'sink declared, never used': (Attention, 'attend', staticmethod(lambda q,kv,s,m: ok_attend(q, kv, no_sink(s), m))),
+    'sink as a token':           (Attention, 'attend', staticmethod(sink_token)),
+    'sink divided by sqrt(K)':   (Attention, 'attend', staticmethod(lambda q,kv,s,m: ok_attend(q, kv, s*q.shape[-1]**-0.5, m))),
+    'no scale':                  (Attention, 'attend', staticmethod(lambda q,kv,s,m: ok_attend(q*q.shape[-1]**0.5, kv, s, m))),
+    'window one too long':       (THIS, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W+1, *d)),
+    'window one too short':      (THIS, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W-1, *d)),
+    'documents ignored':         (THIS, 'window_mask', lambda q,k,W,*d: ok_mask(q, k, W)),
     'RoPE half-split':           (mla, 'rotate', half_split),
     'RoPE on the leading slice': (mla, 'rotate', leading),
     'RoPE sign flipped':         (mla, 'rotate', lambda x,c,s: ok_rotate(x, c, -s)),
@@ -242,18 +264,21 @@ def test_one_token():
     assert_close(run(attn, cfg, x[:,:1]).double(), loops(attn, cfg, x[:,:1]), atol=1e-5, rtol=1e-5)
     assert_close(run(attn, cfg, x, window=1)[:,3], run(attn, cfg, x[:,3:4])[:,0])
 
-def test_row_that_sees_nothing_is_zero_and_finite():
+@pytest.mark.parametrize('attend', [attend_dense, attend], ids=['plain', 'fast'])
+def test_row_that_sees_nothing_is_zero_and_finite(attend):
     q,kv,s = (torch.randn(*n, requires_grad=True) for n in ((2,3,4,6), (2,5,6), (4,)))
     mask = torch.ones(2,3,5, dtype=torch.bool); mask[1,2] = False
-    out = attend(q, kv, s, mask)
+    out,_ = attend(q, kv, s, mask)
     out.square().sum().backward()
     assert (out[1,2]==0).all() and all(t.grad.isfinite().all() for t in (q,kv,s))
 
 @pytest.mark.parametrize('sink', [-1e4, -50., 50., 1e4])
-def test_extreme_sinks(sink):
+@pytest.mark.parametrize('attend', [attend_dense, attend], ids=['plain', 'fast'])
+def test_extreme_sinks(sink, attend):
     q,kv = torch.randn(1,3,2,6),torch.randn(1,3,6)
     mask = torch.ones(1,3,3, dtype=torch.bool)
-    out,bare = attend(q, kv, torch.full((2,), sink), mask),attend(q, kv, torch.full((2,), float('-inf')), mask)
+    out,_ = attend(q, kv, torch.full((2,), sink), mask)
+    bare,_ = attend(q, kv, torch.full((2,), float('-inf')), mask)
     assert_close(out, bare*float(sink<0))
 
 def test_scores_are_bounded_whatever_the_query_weights():
@@ -273,7 +298,7 @@ def decode(attn, cfg, x, sizes, docs=None, cache=None, restart=False):
         new,old = slice(start, start+n),cache.positions(n)
         pos,d = torch.arange(x.shape[1]),(None,None) if docs is None else (docs[:,new], docs[:,old])
         rope = rope_cos_sin(pos[new]-start*restart, cfg.qk_rope_head_dim, cfg.rope_theta)
-        outs.append(attn(x[:,new], rope, mla.window_mask(pos[new], pos[old], W, *d), cache))
+        outs.append(attn(x[:,new], rope, window_mask(pos[new], pos[old], W, *d), cache))
         start += n
     return torch.cat(outs, 1)
 
@@ -356,11 +381,12 @@ def test_ring_holds_what_it_says_after_any_steps(window, spare):
 
 # ---------------------------------------------------------------- dtypes, gradients, other kernels, parts
 
-def test_gradcheck():
+@pytest.mark.parametrize('attend', [attend_dense, attend], ids=['plain', 'fast'])
+def test_gradcheck(attend):
     torch.manual_seed(0)
     q,kv,s = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((2,3,2,4), (2,5,4), (2,)))
     mask = window_mask(torch.arange(2,5), torch.arange(5), 3)
-    assert torch.autograd.gradcheck(lambda *a: attend(*a, mask), (q,kv,s))
+    assert torch.autograd.gradcheck(lambda *a: attend(*a, mask)[0], (q,kv,s))
     cfg,attn,x,docs = case(7, torch.float64)
     assert torch.autograd.gradcheck(lambda x: run(attn, cfg, x, docs), x.requires_grad_())
 
@@ -374,12 +400,13 @@ def rows(seed, T, dtype, C=0):
 
 def both_ways(f, leaves):
     leaves = [x.detach().requires_grad_() for x in leaves]
-    o = f(*leaves)
+    o,_ = f(*leaves)
     return [o.detach().double(), *(g.double() for g in torch.autograd.grad(o.float().square().sum() if o.dtype!=torch.float64 else o.square().sum(), leaves))]
 
 def fast_and_dense(T, W, docs, far_mask, pos, least):
     wide = lambda m: torch.cat([m.expand(2, -1, -1), far_mask.expand(2, -1, -1)], -1)
-    return (lambda q,kv,s,far: attend(q, kv, s, row_mask(pos, W, docs, least), *((far, far_mask) if far.shape[1] else (far[:,:0], far_mask[...,:0]))),
+    mask = row_mask(pos, pos, W, docs, least=least)
+    return (lambda q,kv,s,far: attend(q, kv, s, mask, far, far_mask),
         lambda q,kv,s,far: attend_dense(q, torch.cat([kv, far], 1), s, wide(window_mask(pos, pos, W, docs))))
 
 @pytest.mark.parametrize('T,W,least', [(1,1,1), (1,5,1), (12,12,1), (12,40,1), (9,4,1), (11,4,1), (12,4,1), (13,1,1), (13,1,2), (29,3,4), (30,2,8),
@@ -399,11 +426,12 @@ def test_a_causal_row_needs_no_mask():
 
 def test_no_query_gets_no_answer():
     leaves,_,_ = rows(0, 5, torch.float32)
-    for mask in (None, torch.ones(1,0,5).bool()): assert attend(leaves[0][:,:0], leaves[1], leaves[2], mask).numel()==0
+    for mask in (None, torch.ones(1,0,5).bool()): assert attend(leaves[0][:,:0], leaves[1], leaves[2], mask)[0].numel()==0
 
 def test_the_mask_of_a_long_row_is_linear_in_it():
-    assert [row_mask(torch.arange(T), 128).numel() for T in (1024, 2048)]==[2*128*1024, 2*128*2048]
-    assert row_mask(torch.arange(2048), 2048) is None
+    assert [row_mask(pos, pos, 128).numel() for pos in map(torch.arange, (1024, 2048))]==[2*128*1024, 2*128*2048]
+    pos = torch.arange(2048)
+    assert row_mask(pos, pos, 2048) is None
 
 @pytest.mark.parametrize('T,W', [(64,64), (200,30), (1200,30)])
 @pytest.mark.parametrize('packed', [False, True])
@@ -425,8 +453,9 @@ def test_bfloat16(seed):
     with torch.autocast('cpu', torch.bfloat16): auto = run(attn, cfg, x, docs)
     assert relative(auto.double(), truth)<0.03
 
-def test_bfloat16_softmax_sums_in_float32():
-    one = attend(torch.zeros(1,1,1,8).bfloat16(), torch.ones(1,4096,8).bfloat16(), torch.zeros(1).bfloat16(), torch.ones(1,1,4096).bool())
+@pytest.mark.parametrize('attend', [attend_dense, attend], ids=['plain', 'fast'])
+def test_bfloat16_softmax_sums_in_float32(attend):
+    one,_ = attend(torch.zeros(1,1,1,8).bfloat16(), torch.ones(1,4096,8).bfloat16(), torch.zeros(1).bfloat16(), torch.ones(1,1,4096).bool())
     assert (one-1).abs().max()<0.01
 
 def test_grouped_linear():
@@ -474,8 +503,16 @@ def backward(monkeypatch):
 
 torch_version = tuple(map(int, torch.__version__.split('.')[:2]))
 
-def one_kernel(W, docs=None): return lambda q,kv,s,lse=False: attend_fused(q, kv, s, fused_mask(q.shape[1], W, docs), lse)
-def literal(W, docs=None): return lambda q,kv,s,lse=False: attend_dense(q, kv, s, window_mask(*(torch.arange(q.shape[1], device=q.device),)*2, W, docs), lse)
+def fits(K, device):
+    "In place of `fused_here`, where the kernel is wanted whatever the device"
+    return K>0
+def one_kernel(W, docs=None):
+    return lambda q,kv,s: attend_fused(q, kv, s, fused_mask(q.shape[1], W, docs))
+def literal(W, docs=None):
+    def f(q, kv, s):
+        pos = torch.arange(q.shape[1], device=q.device)
+        return attend_dense(q, kv, s, window_mask(pos, pos, W, docs))
+    return f
 
 @pytest.mark.filterwarnings('ignore:flex_attention called')
 @pytest.mark.parametrize('T,W', [(150,37), (256,1), (300,300), (129,1000), (5,3)])
@@ -487,7 +524,7 @@ def test_one_kernel_is_dense_attention(T, W, packed, backward):
     for a,b in zip(both_ways(one_kernel(W, docs), leaves), both_ways(literal(W, docs), leaves)): assert_close(a, b, atol=1e-11, rtol=1e-9)
     single = [x.float() for x in leaves]
     for a,b in zip(both_ways(one_kernel(W, docs), single), both_ways(literal(W, docs), leaves)): assert_close(a, b, atol=2e-5, rtol=1e-5)
-    (o,lse),(o2,lse2) = (f(W, docs)(*(x.requires_grad_() for x in leaves), lse=True) for f in (one_kernel, literal))
+    (o,lse),(o2,lse2) = (f(W, docs)(*(x.requires_grad_() for x in leaves)) for f in (one_kernel, literal))
     assert_close(lse, lse2); assert_close(o, o2); assert not lse.requires_grad and o.requires_grad
 
 @pytest.mark.filterwarnings('ignore:flex_attention called')
@@ -499,7 +536,7 @@ def test_one_kernel_in_bf16_is_no_worse_than_dense_attention(packed, backward):
     for f,d,e in zip(both_ways(one_kernel(30, docs), half), both_ways(literal(30, docs), half), exact):
         assert (f-e).norm()<=(4 if torch_version>=(2,13) else 9)*(d-e).norm()+1e-3*e.norm()     # before, PyTorch's uncompiled form rounded more
     q,kv,s = half
-    assert one_kernel(30)(q, kv.float(), s.float()).dtype==torch.bfloat16       # as under autocast, where keys may come in float32
+    assert one_kernel(30)(q, kv.float(), s.float())[0].dtype==torch.bfloat16       # as under autocast, where keys may come in float32
 
 @pytest.mark.filterwarnings('ignore:flex_attention called')
 def test_one_kernel_is_silent_where_nothing_is_seen(backward):
@@ -516,34 +553,38 @@ def halved(lse): return lambda *a, **kw: (lambda o, aux: (o, aux._replace(lse=ls
 def test_bugs_in_one_kernel_are_seen(bug, monkeypatch):
     torch._dynamo.reset()
     (q,kv,s,_),docs,_ = rows(3, 150, torch.float32)
-    truth,W,fused = literal(6, docs)(q, kv, s),6,(q, kv, s)
+    (truth,_),W,fused = literal(6, docs)(q, kv, s),6,(q, kv, s)
     if bug=='sink of the other sign': fused = q, kv, -s
     if bug=='sink forgotten': fused = q, kv, s-100
     if bug=='no scale': fused = q*8**0.5, kv, s
     if bug=='keys of the next row': fused = q, kv.roll(1, 0), s
     if bug.startswith('window'): W += 1 if bug.endswith('long') else -1
-    if bug.startswith('lse'): monkeypatch.setattr(mla, 'flex_attention', halved(lambda lse: lse/math.log(2)))
-    off = (one_kernel(W, None if bug.startswith('documents') else docs)(*fused)-truth).abs().max()
+    if bug.startswith('lse'): monkeypatch.setattr(fast_attention, 'flex_attention', halved(lambda lse: lse/math.log(2)))
+    off = (one_kernel(W, None if bug.startswith('documents') else docs)(*fused)[0]-truth).abs().max()
     assert off<1e-5 if bug=='none' else off>0.02
 
 @pytest.mark.parametrize('packed', [False, True])
-def test_one_kernel_is_one_graph(packed, backward):
+def test_one_kernel_is_one_graph(packed, backward, monkeypatch):
     "Mask, kernel and gate, with gradients, as the compiler takes them apart; for what it writes for a GPU see tests/tools/kernel.py"
     (q,kv,s,_),docs,_ = rows(4, 150, torch.float32)
     docs = docs if packed else None
-    def whole(q, kv, s): return attend(q, kv, s, row_mask(torch.arange(150), 37, docs, fused=True))
+    pos = torch.arange(150)
+    def whole(q, kv, s): return attend(q, kv, s, row_mask(pos, pos, 37, docs, K=8))
+    monkeypatch.setattr(fast_attention, 'fused_here', fits)
     compiled = torch.compile(whole, backend='aot_eager', fullgraph=True, dynamic=False)
     for a,b in zip(both_ways(compiled, [q, kv, s]), both_ways(literal(37, docs), [q, kv, s])): assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('dtype,K', [(torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 96), (torch.bfloat16, 128)])
-def test_one_kernel_on_a_gpu(dtype, K, device='cuda', backend='inductor'):
+def test_one_kernel_on_a_gpu(dtype, K, monkeypatch, device='cuda', backend='inductor'):
     "The kernel itself; written without a GPU"
     torch._dynamo.reset()
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(*n, generator=g).to(device, dtype) for n in ((2,300,8,K), (2,300,K), (8,))]
     docs = (torch.arange(300, device=device)//100).expand(2, -1).contiguous()
-    def whole(q, kv, s): return attend(q, kv, s, row_mask(torch.arange(300, device=device), 128, docs, fused=True))
+    monkeypatch.setattr(fast_attention, 'fused_here', fits)
+    pos = torch.arange(300, device=device)
+    def whole(q, kv, s): return attend(q, kv, s, row_mask(pos, pos, 128, docs, K=K))
     fast = both_ways(torch.compile(whole, backend=backend, fullgraph=True, dynamic=False), leaves)
     for a,b in zip(fast, both_ways(literal(128, docs), [x.double() for x in leaves])): assert (a-b).norm()<=(2e-3 if dtype==torch.float32 else 2e-2)*b.norm()
 
@@ -579,34 +620,42 @@ def test_the_table_of_one_kernel_compiled():
     mask = torch.compile(lambda docs: fused_mask(500, 100, docs), fullgraph=True, dynamic=False)(docs)
     for a,b in zip(tables(mask), tables(fused_mask(500, 100, docs))): assert a.equal(b)
 
-def test_where_one_kernel_is_chosen(monkeypatch):
-    here = lambda K, dtype=torch.bfloat16, kind='cuda': fused_here(SimpleNamespace(device=torch.device(kind), dtype=dtype), K)
-    assert not here(96)                                                  # not compiled
+@pytest.fixture
+def here(monkeypatch):
+    "Would one kernel be chosen in a compiled step of this precision, which autocast sets?"
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    assert here(96) and not here(96, kind='cpu') and not here(96, kind='meta')
-    assert [K for K in (8, 16, 64, 65, 128, 129, 512) if here(K)]==[16, 64, 65, 128]
-    assert [K for K in (8, 16, 64, 65, 128, 129, 512) if here(K, torch.float32)]==[16, 64] and not here(32, torch.float64) and not here(32, torch.float16)
-    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: True)
-    monkeypatch.setattr(torch, 'get_autocast_dtype', lambda kind: torch.bfloat16)
-    assert here(96, torch.float32)
+    def chosen(K, dtype=torch.bfloat16, kind='cuda'):
+        monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: dtype!=torch.float32)
+        monkeypatch.setattr(torch, 'get_autocast_dtype', lambda kind: dtype)
+        return fused_here(K, torch.device(kind))
+    return chosen
 
-def test_one_kernel_is_chosen_where_it_fits(monkeypatch):
+def test_where_one_kernel_is_chosen(here, monkeypatch):
+    sizes = (0, 8, 16, 64, 65, 128, 129, 512)
+    assert here(96) and not here(96, kind='cpu') and not here(96, kind='meta')
+    assert [K for K in sizes if here(K)]==[16, 64, 65, 128]
+    assert [K for K in sizes if here(K, torch.float32)]==[16, 64] and not here(32, torch.float16)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: False)
+    assert not here(96)
+
+def test_one_kernel_is_chosen_where_it_fits(here):
     "What tests/tools/kernel.py found: sizes that are chosen fit on every card, those beyond do not on some; and the kernels compute attention"
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    found,fits = json.loads((Path(__file__).parents[1]/'results/kernel.json').read_text()),{}
+    found,room = json.loads((Path(__file__).parents[1]/'results/kernel.json').read_text()),{}
     for r in found['room']:
-        fits[r['dtype'],r['K']] = fits.get((r['dtype'], r['K']), True) and r['fits']
+        room[r['dtype'],r['K']] = room.get((r['dtype'], r['K']), True) and r['fits']
         assert r['largest']<2*2048**2                                    # two rows of 2,048 tokens: no square of scores, nor of what may be seen
-    for (dtype,K),all_fit in fits.items(): assert fused_here(SimpleNamespace(device=torch.device('cuda'), dtype=getattr(torch, dtype)), K)==all_fit
-    assert len(set(fits.values()))==2
+    for (dtype,K),all_fit in room.items(): assert here(K, getattr(torch, dtype))==all_fit
+    assert len(set(room.values()))==2
     # relative; in steps of the type, of which rows of sums over up to thousands of keys and queries may cost a few
     for r in found['runs']: assert max(r['errors'].values())<=(16*2**-23 if r['dtype']=='float32' else 2*2**-10)
 
-def test_which_mask_one_kernel_gets():
+def test_which_mask_one_kernel_gets(monkeypatch):
+    monkeypatch.setattr(fast_attention, 'fused_here', fits)
     pos,docs = torch.arange(300),torch.arange(300).expand(2, -1)//100
     for W,d in ((40, None), (300, None), (40, docs)):
-        mask = row_mask(pos, W, d, fused=True)
+        mask = row_mask(pos, pos, W, d, K=8)
         assert isinstance(mask, flex.BlockMask) and mask.shape==(1 if d is None else 2, 1, 300, 300)
-    assert row_mask(pos[:128], 300, fused=True) is None                  # a row of one chunk
-    assert row_mask(pos, 40).ndim==4
+    short = pos[:128]
+    assert row_mask(short, short, 300, K=8) is None                  # a row of one chunk
+    assert row_mask(pos, pos, 40).ndim==4
     with pytest.raises(AttributeError): attend(torch.zeros(2,300,3,8), torch.zeros(2,300,8), torch.zeros(3), mask, torch.zeros(2,4,8), torch.ones(2,300,4)>0)

@@ -11,19 +11,22 @@ import pytest, torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
-from nanowhale.model import compress
-from nanowhale.model import moe
-from nanowhale.model.compress import CompressedAttention, choose
-from nanowhale.model.visibility import document_starts, far_rope, make_blocks
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.presets import cache_bytes, nanowhale_v4, tiny_v4
-from nanowhale.generate.sample import generate, left_pad
-from nanowhale.fast.attention import CHUNK, attend
-from nanowhale.generate.cache import Cache
-from nanowhale.model.whale import Whale
 from nanowhale.model.rope import rope_cos_sin, rotate
-from nanowhale.generate.speculate import speculate
+from nanowhale.model import compress, moe, visibility, whale as builder
+from nanowhale.model.attention import attend
+from nanowhale.model.compress import CompressedAttention, choose
+from nanowhale.model.visibility import far_rope, whole_rows
+from nanowhale.model.whale import Whale
 from nanowhale.train.step import add_gradients, n_queries
+from nanowhale.generate import cache as caches
+from nanowhale.generate.cache import Cache
+from nanowhale.generate.sample import generate, left_pad
+from nanowhale.generate.speculate import speculate
+from nanowhale.fast import attention as fast
+from nanowhale.fast.attention import CHUNK
+from nanowhale.fast.kernels import use
 import recall
 from test_parity import ROUNDING, exact_angles, exactly, later_of_equals, pair, run
 
@@ -127,6 +130,10 @@ def mix(**changes):
         initializer_range=0.4, layer_types=(SWA,CSA,HCA), mlp_layer_types=('hash_moe','moe','moe'), compress_rate_csa=3, compress_rate_hca=5,
         index_n_heads=4, index_head_dim=6, index_topk=2), **changes)
 
+def blocks_of(cfg, kind, T, window=None, docs=None):
+    "`Blocks` of whole rows of T tokens"
+    return visibility.make_blocks(cfg, kind, whole_rows(cfg, torch.zeros(1, T), docs), window)
+
 def whale_of(**changes): return build(mix(**changes), 1)[0].double().eval()
 
 # what must hold: each check is also run with mistakes planted
@@ -190,9 +197,10 @@ def only_distances_count():
         torch.manual_seed(8)
         attn = CompressedAttention(cfg, kind).double()
         x,pos = torch.randn(1, T, 12).double(),torch.arange(T)
-        here = attn(x, far_rope(cfg, pos), make_blocks(cfg, kind, pos, None)[0])
-        blocks,_ = make_blocks(cfg, kind, pos, None)
-        there = attn(x, far_rope(cfg, pos+330), blocks._replace(rope=far_rope(cfg, (blocks.ends-cfg.rates[kind]+1)+330)))
+        blocks = blocks_of(cfg, kind, T, torch.ones(1, T, T).tril().bool())
+        here = attn(x, far_rope(cfg, pos), blocks)
+        moved = blocks._replace(rope=far_rope(cfg, (blocks.ends-cfg.rates[kind]+1)+330))
+        there = attn(x, far_rope(cfg, pos+330), moved)
         assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 def the_indexer_learns_and_nothing_else_does_from_it():
@@ -227,60 +235,86 @@ def test_holds(check): check()
 
 @contextmanager
 def swapped(where, name, make):
-    with patch.object(where, name, make(getattr(where, name))): yield
+    "With a mistake in place of a function, in the module that builds whales too"
+    wrong = make(getattr(where, name))
+    with patch.object(where, name, wrong):
+        if not hasattr(builder, name): yield
+        else:
+            with patch.object(builder, name, wrong): yield
 
 def early(real):
-    def f(*a, **kw):
-        blocks,entries = real(*a, **kw)
-        return blocks._replace(seen=blocks.seen | (entries[0][:,None]<=a[2][:,None]+1)), entries
+    def f(cfg, kind, rows, *a, **kw):
+        blocks = real(cfg, kind, rows, *a, **kw)
+        return blocks._replace(seen=blocks.seen | (blocks.entries[0][:,None]<=rows.pos[:,None]+1))
     return f
 def across(real):
-    return lambda cfg, kind, pos, window, docs=None, starts=None, *a, **kw: real(cfg, kind, pos, window, docs, None, *a, **kw)
+    def f(cfg, kind, rows, *a, **kw):
+        starts = None if rows.docs is None else torch.zeros_like(rows.docs)
+        return real(cfg, kind, rows._replace(starts=starts), *a, **kw)
+    return f
 def mixed(real):
-    def f(cfg, kind, pos, window, docs=None, *a, **kw):
-        blocks,entries = real(cfg, kind, pos, window, docs, *a, **kw)
-        return blocks._replace(seen=(entries[0][:,None]<=pos[:,None]).expand_as(blocks.seen)), entries
+    def f(cfg, kind, rows, *a, **kw):
+        blocks = real(cfg, kind, rows, *a, **kw)
+        return blocks._replace(seen=(blocks.entries[0][:,None]<=rows.pos[:,None]).expand_as(blocks.seen))
     return f
 def at_end(real):
-    def f(cfg, kind, pos, *a, **kw):
-        blocks,entries = real(cfg, kind, pos, *a, **kw)
-        return blocks._replace(rope=tuple(torch.zeros_like(r)+i for i,r in zip((1,0), blocks.rope))), entries
+    def f(*a, **kw):
+        blocks = real(*a, **kw)
+        return blocks._replace(rope=tuple(torch.zeros_like(r)+i for i,r in zip((1,0), blocks.rope)))
     return f
 def no_first(real):
     def f(*a, **kw):
-        blocks,entries = real(*a, **kw)
-        return blocks._replace(first=torch.zeros_like(blocks.first)), entries
+        blocks = real(*a, **kw)
+        return blocks._replace(first=torch.zeros_like(blocks.first))
     return f
 def short_tail(real):
     def f(self, x):
         out = real(self, x); self.tail = self.tail[:,1:]; return out
     return f
-def attached(real): return lambda q, far, lse, seen: compress.upcast(torch.einsum('bthk,bck->btc', q, far)).masked_fill(~seen, -1e30).softmax(-1)
+def attached(real):
+    def f(q, far, lse, seen):
+        z = compress.upcast(torch.einsum('bthk,bck->btc', q, far))
+        return z.masked_fill(~seen, -1e30).softmax(-1)
+    return staticmethod(f)
 
 BUGS = {
-    'a query sees the block that ends after it (bug 14)': (compress, 'make_blocks', early, no_query_is_told_the_future),
-    'blocks run across documents (bug 15)': (compress, 'make_blocks', across, packed_documents_are_alone),
-    'entries of other documents are seen (bug 15)': (compress, 'make_blocks', mixed, packed_documents_are_alone),
-    'padding enters the compressor (bug 14)': (compress, 'make_blocks', across, padding_is_never_seen),
-    'entries left unrotated (bug 3)': (compress, 'make_blocks', at_end, only_distances_count),
-    'the first block reads one that is not there': (compress, 'make_blocks', no_first, packed_documents_are_alone),
-    'an open block forgets a token (bug 18)': (compress.Memory, 'extend', short_tail, cached_is_full),
-    'rewinding leaves entries (bug 18)': (compress.Memory, 'rewind', lambda real: lambda self, n, left: None, taken_back_is_forgotten),
+    'a query sees the block that ends after it (bug 14)': (visibility, 'make_blocks', early, no_query_is_told_the_future),
+    'blocks run across documents (bug 15)': (visibility, 'make_blocks', across, packed_documents_are_alone),
+    'entries of other documents are seen (bug 15)': (visibility, 'make_blocks', mixed, packed_documents_are_alone),
+    'padding enters the compressor (bug 14)': (visibility, 'make_blocks', across, padding_is_never_seen),
+    'entries left unrotated (bug 3)': (visibility, 'make_blocks', at_end, only_distances_count),
+    'the first block reads one that is not there': (visibility, 'make_blocks', no_first, packed_documents_are_alone),
+    'an open block forgets a token (bug 18)': (caches.Memory, 'extend', short_tail, cached_is_full),
+    'rewinding leaves entries (bug 18)': (caches.Memory, 'rewind', lambda real: lambda self, n, left: None, taken_back_is_forgotten),
     'a table of zeros (bug 8)': (moe, 'hash_table', lambda real: lambda V, E, k: torch.zeros(V, k, dtype=torch.long), tables_are_fair),
     'an expert twice in a row (bug 8)': (moe, 'hash_table', lambda real: lambda V, E, k: torch.arange(V)[:,None].expand(-1, k)%E, tables_are_fair),
-    'the attention is taught by its indexer': (compress, 'far_weights', attached, the_indexer_learns_and_nothing_else_does_from_it)}
+    'the attention is taught by its indexer': (CompressedAttention, 'far_weights', attached, the_indexer_learns_and_nothing_else_does_from_it)}
 
 @pytest.mark.parametrize('name', BUGS)
 def test_planted_mistakes_show(name):
     where,what,make,check = BUGS[name]
-    import nanowhale.model.whale
-    with swapped(where, what, make):
-        if where is not compress.Memory and hasattr(nanowhale.model.whale, what):
-            with patch.object(nanowhale.model.whale, what, getattr(where, what)), patch(f'{__name__}.make_blocks', compress.make_blocks): fails(check)
-        else: fails(check)
+    with swapped(where, what, make): fails(check)
 
 def fails(check):
     with pytest.raises((AssertionError, RuntimeError, IndexError)): check()
+
+@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_fast_set_computes_what_the_plain_one_does(sparse, packed):
+    "All three kinds of layers in rows of several chunks: losses and gradients"
+    n = 2*CHUNK+9
+    ids = torch.randint(30, (2,n), generator=torch.Generator().manual_seed(15))
+    docs = (torch.arange(n)//100).expand(2, -1) if packed else None
+    found = []
+    for kernels in ('plain', 'fast'):
+        whale = use(whale_of(index_topk=9), kernels)
+        out = whale(ids, labels=ids, docs=docs, sparse=sparse)
+        (out.loss+out.indexer_loss).backward()
+        grads = {k: p.grad for k,p in whale.named_parameters() if p.grad is not None}
+        found.append((out.loss.detach(), out.indexer_loss.detach(), grads))
+    plain,fastly = found
+    assert_close(fastly[:2], plain[:2], atol=1e-10, rtol=1e-9)
+    assert_close(fastly[2], plain[2], atol=1e-9, rtol=1e-7)
 
 def test_what_a_cache_keeps_is_what_the_formula_says():
     cfg = mix()
@@ -293,14 +327,16 @@ def test_what_a_cache_keeps_is_what_the_formula_says():
 
 @pytest.mark.parametrize('n', [1, 40, 2*CHUNK+9])
 @pytest.mark.parametrize('packed', [False, True])
-def test_scores_are_the_formula_of_the_paper(n, packed):
+@pytest.mark.parametrize('scores', [compress.index_scores, fast.index_scores], ids=['plain', 'fast'])
+def test_scores_are_the_formula_of_the_paper(n, packed, scores):
     "V4 eqs. 13-17 for every query and every entry that it sees, however many queries are looked at together; and what a loss on them teaches"
     torch.manual_seed(n)
     cfg,pos = mix(),torch.arange(n)
     judge = compress.Indexer(cfg).double()
+    judge.index_scores = scores
     J,W,docs = cfg.index_n_heads,judge.width,(pos.expand(2, -1)+torch.tensor([[0], [5]]))//31 if packed else None
     x,low,rope = torch.randn(2, n, cfg.hidden_size).double(),torch.randn(2, n, cfg.q_lora_rank).double(),far_rope(cfg, pos.double())
-    blocks,_ = make_blocks(cfg, CSA, pos, None, docs, None if docs is None else document_starts(docs))
+    blocks = blocks_of(cfg, CSA, n, None, docs)
     keys = judge(x, blocks)
     q = rotate(judge.q_b_proj(low).unflatten(-1, (J,W)), *rope)
     want = sum(judge.scorer['weights_proj'](x)[...,j,None]*(q[:,:,j]@keys.mT).clamp(min=0) for j in range(J))/math.sqrt(J*W)
@@ -312,7 +348,9 @@ def test_scores_are_the_formula_of_the_paper(n, packed):
             assert_close(a, b, atol=1e-10, rtol=1e-8)
 
 @pytest.mark.parametrize('n', [40, 2*CHUNK+9])
-def test_what_attention_gave_to_entries_is_a_softmax(n):
+@pytest.mark.parametrize('far_weights', [compress.far_weights, fast.far_weights], ids=['plain', 'fast'])
+@pytest.mark.parametrize('attend', [attend, fast.attend], ids=['plain', 'fast'])
+def test_what_attention_gave_to_entries_is_a_softmax(n, far_weights, attend):
     "However many queries are looked at together"
     torch.manual_seed(n)
     q,kv,far,sinks = torch.randn(2, n, 3, 4).double(),torch.randn(2, n, 4).double(),torch.randn(2, n//4, 4).double(),torch.randn(3).double()
@@ -320,8 +358,8 @@ def test_what_attention_gave_to_entries_is_a_softmax(n):
     z = torch.einsum('bthk,bsk->bths', q, torch.cat([kv, far], 1))/2
     z = torch.cat([z.masked_fill(~torch.cat([near, seen], -1)[:,:,None], -math.inf), sinks[:,None].expand(2, n, 3, 1)], -1)
     want = z.softmax(-1)[...,n:-1].sum(2)
-    _,lse = attend(q, kv, sinks, near, far, seen, lse=True)
-    assert_close(compress.far_weights(q, far, lse, seen), want/want.sum(-1, keepdim=True).clamp(min=1e-20), atol=1e-9, rtol=1e-7)
+    _,lse = attend(q, kv, sinks, near, far, seen)
+    assert_close(far_weights(q, far, lse, seen), want/want.sum(-1, keepdim=True).clamp(min=1e-20), atol=1e-9, rtol=1e-7)
 
 def test_one_token_gathers_what_it_chose():
     scores,seen = torch.randn(3, 1, 9),torch.rand(3, 1, 9)>0.3
@@ -358,7 +396,7 @@ def test_padding_sees_no_entry_and_teaches_no_indexer(seed):
     docs = (torch.rand(3, T, generator=g)<0.1).cumsum(1)
     docs[0,-9:] = docs[1,:7] = -1
     whale = whale_of()
-    seen = make_blocks(whale.cfg, CSA, torch.arange(T), None, docs, document_starts(docs))[0].seen
+    seen = blocks_of(whale.cfg, CSA, T, None, docs).seen
     assert not seen[docs<0].any()
     want = sum(docs[b,t]>=0 and (docs[b,:t+1]==docs[b,t]).sum()>=whale.cfg.compress_rate_csa for b in range(3) for t in range(T))
     assert n_queries(whale.cfg, docs)==seen.any(-1).sum()==want>0
@@ -389,8 +427,8 @@ def test_gradients_in_float64():
         torch.manual_seed(11)
         attn = CompressedAttention(cfg, kind).double()
         pos = torch.arange(8)
-        blocks,_ = make_blocks(cfg, kind, pos, torch.ones(1,8,8).tril().bool())
-        f = lambda x: attn(x, far_rope(cfg, pos), blocks)
+        blocks = blocks_of(cfg, kind, 8, torch.ones(1,8,8).tril().bool())
+        def f(x): return attn(x, far_rope(cfg, pos), blocks)
         assert torch.autograd.gradcheck(f, torch.randn(1, 8, 12).double().requires_grad_(), fast_mode=True, atol=1e-4)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

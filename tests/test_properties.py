@@ -14,6 +14,7 @@ from nanowhale.model import attention as mla
 from nanowhale.model import moe
 from nanowhale.model import mtp
 from nanowhale.model import rope
+from nanowhale.model import visibility
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.presets import count_params, mean_entries, mean_keys
 from nanowhale.train.data import (encode, is_held_out, pack, pieces, split_held_out,
@@ -186,11 +187,11 @@ def test_attention_is_a_mean_that_may_be_less(seed, B, n, S, H, K):
     "Every output lies in the cube of the values and 0; the order of the keys does not matter; a key nobody sees has no gradient"
     q,kv,sinks = numbers(seed, B, n, H, K),numbers(seed+1, B, S, K).requires_grad_(),numbers(seed+2, H)
     mask = numbers(seed+3, B, n, S)>0
-    o = mla.attend(q, kv, sinks, mask)
+    o,_ = mla.attend(q, kv, sinks, mask)
     low,high = (f(kv.detach(), 1)[:,None,None] for f in (lambda x, d: x.amin(d).clamp(max=0), lambda x, d: x.amax(d).clamp(min=0)))
     assert ((o>=low-1e-9) & (o<=high+1e-9)).all()
     order = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
-    same(mla.attend(q, kv[:,order], sinks, mask[:,:,order]), o)
+    same(mla.attend(q, kv[:,order], sinks, mask[:,:,order])[0], o)
     o.sum().backward()
     assert not kv.grad[~mask.any(1)].any()
 
@@ -268,8 +269,8 @@ def test_blocks_end_where_loops_say(seed, n, rate):
     for t in range(n):
         count = count+1 if t and docs[0,t]==docs[0,t-1] else 1
         if count%rate==0: want.append(t)
-    assert compress.block_ends(torch.arange(n), rate, compress.document_starts(docs))[0].tolist()==want
-    assert compress.block_ends(torch.arange(n), rate)[0].tolist()==[t for t in range(n) if (t+1)%rate==0]
+    assert visibility.block_ends(torch.arange(n), rate, visibility.document_starts(docs))[0].tolist()==want
+    assert visibility.block_ends(torch.arange(n), rate)[0].tolist()==[t for t in range(n) if (t+1)%rate==0]
 
 @examples(25)
 @given(seeds, st.integers(1, 9), st.integers(1, 3))
@@ -461,7 +462,8 @@ def test_equal_logits_everywhere(dtype):
     assert p.isfinite().all() and p.sum()==pytest.approx(1, abs=1e-5)
     comb = hyper.sinkhorn(torch.zeros(1, 4, 4, dtype=dtype), 20)
     assert_close(comb, torch.full((1, 4, 4), 0.25), atol=1e-4, rtol=1e-4)
-    o = mla.attend(torch.zeros(1, 3, 2, 4, dtype=dtype), torch.ones(1, 3, 4, dtype=dtype), torch.zeros(2, dtype=dtype), torch.ones(1, 3, 3, dtype=torch.bool))
+    q,kv,sinks = (torch.full(n, v, dtype=dtype) for n,v in (((1,3,2,4), 0), ((1,3,4), 1), ((2,), 0)))
+    o,_ = mla.attend(q, kv, sinks, torch.ones(1, 3, 3, dtype=torch.bool))
     assert_close(o.float(), torch.full((1, 3, 2, 4), 0.75), atol=1e-2, rtol=1e-2)      # three keys and the sink
 
 @pytest.mark.parametrize('texts', [[''], ['', 'a', ''], ['long '*300]])

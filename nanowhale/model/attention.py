@@ -18,14 +18,12 @@ def rms_norm(
 ) -> Tensor:                  # [..., D] in the dtype of `x`
     "Divide by the root mean square of the last axis, computed in float32 or better"
     y = upcast(x)
-    return F.rms_norm(y, y.shape[-1:], None if weight is None else weight.to(y.dtype), eps).to(x.dtype)
+    if weight is not None: weight = weight.to(y.dtype)
+    return F.rms_norm(y, y.shape[-1:], weight, eps).to(x.dtype)
 
-# %% ../../nbs/1_architecture/06_attention.ipynb #41a3af8c
 class RMSNorm(nn.Module):
     "`rms_norm` with a learned weight per channel, 1 at the start"
-    def __init__(self,
-        dim:int,     # D, channels
-        eps:float):  # added to the mean square
+    def __init__(self, dim, eps):   # D channels; what is added to the mean square
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
@@ -34,10 +32,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     "torch's linear layer without a bias: no layer of V4 has one"
     product = staticmethod(F.linear)   # [...,K] x [N,K] -> [...,N]
-    def __init__(self,
-        d_in:int,   # inputs
-        d_out:int): # outputs
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in, d_out): super().__init__(d_in, d_out, bias=False)
     def forward(self, x): return self.product(x, self.weight)
 
 # %% ../../nbs/1_architecture/06_attention.ipynb #2a0e5086
@@ -48,7 +43,7 @@ def attend(
     mask:Tensor,               # [B or 1,T,S] True where a query sees a key
     far:Tensor|None=None,      # [B,C,K] compressed entries, under the same softmax
     far_mask:Tensor|None=None, # [B or 1,T,C] True where a query sees one
-) -> tuple:                    # averages of the values [B,T,H,K], still rotated; the softmax's log-sum-exp [B,T,H], sink included
+) -> tuple:                    # means of values [B,T,H,K], rotated; log-sum-exp with sink [B,T,H]
     "Attention with one shared key = value and a sink in the denominator (V4 eq. 27)"
     if far is not None:
         B = max(len(mask), len(far_mask))
@@ -63,22 +58,17 @@ def attend(
 
 # %% ../../nbs/1_architecture/06_attention.ipynb #8c882aa0
 class GroupedLinear(Linear):
-    "A linear layer with a block-diagonal matrix: each group of inputs makes its own outputs (V4 section 2.3.1)"
-    def __init__(self,
-        groups:int,  # G, blocks
-        d_in:int,    # inputs of one group
-        d_out:int):  # O, outputs of one group
+    "A linear layer with a block-diagonal matrix: a block per group of inputs (V4 section 2.3.1)"
+    def __init__(self, groups, d_in, d_out):   # G; inputs and outputs of one group
         super().__init__(d_in, groups*d_out)
         self.groups = groups
-    def forward(self,
-        x:Tensor,    # [..., G*d_in]
-    ) -> Tensor:     # [..., G*O]
+    def forward(self, x):   # [..., G*d_in] -> [..., G*d_out]
         groups = zip(x.chunk(self.groups, -1), self.weight.chunk(self.groups))
         return torch.cat([self.product(*group) for group in groups], -1)
 
 # %% ../../nbs/1_architecture/06_attention.ipynb #88f45b71
 class Attention(nn.Module):
-    "V4's sliding-window attention (section 2.3): low-rank queries, one shared key = value, sinks, grouped output"
+    "V4's sliding-window attention (section 2.3): low-rank queries, one shared key = value, sinks"
     attend = staticmethod(attend)
     def __init__(self, cfg):
         super().__init__()
@@ -94,25 +84,25 @@ class Attention(nn.Module):
         self.o_a_proj = GroupedLinear(G, H*K//G, cfg.o_lora_rank)
         self.o_b_proj = Linear(G*cfg.o_lora_rank, D)
 
-    def low_rank(self, x): return self.q_a_norm(self.q_a_proj(x))   # [B,T,D] -> [B,T,Q], what a token's queries are made from
+    def low_rank(self, x): return self.q_a_norm(self.q_a_proj(x))   # [B,T,D] -> [B,T,Q]
     def heads(self, low, cos, sin):
         "Queries [B,T,H,K] of `low_rank` [B,T,Q]: normed per head without a weight, rotated"
         q = self.q_b_proj(low).unflatten(-1, (-1,self.head_dim))
         return rotate(rms_norm(q, self.eps), cos, sin)
-    def query(self, x, cos, sin): return self.heads(self.low_rank(x), cos, sin)   # [B,T,D] -> [B,T,H,K]
+    def query(self, x, cos, sin): return self.heads(self.low_rank(x), cos, sin)
     def latent(self, x, cos, sin):
         "Keys = values [B,T,K] of `x` [B,T,D]: normed with a weight, rotated"
         return rotate(self.kv_norm(self.kv_proj(x))[:,:,None], cos, sin)[:,:,0]
     def output(self, o, cos, sin):
-        "Output [B,T,D] of the heads' averages `o` [B,T,H,K]: turned back by the query's position, mixed in groups"
+        "[B,T,D] of the heads' means [B,T,H,K]: turned back by the query's position, then mixed"
         return self.o_b_proj(self.o_a_proj(rotate(o, cos, -sin).flatten(-2)))
 
     def forward(self,
-        x:Tensor,                    # [B,T,D] normalised input
-        rope:tuple[Tensor,Tensor],   # cos and sin [T,R/2] or [B,T,R/2] at the positions of `x`
-        mask:Tensor,                 # [B or 1,T,S] who sees whom, as `attend` takes it
-        cache=None,                  # keeps the entries of earlier tokens; extended by those of `x`
-    ) -> Tensor:                     # [B,T,D]
+        x:Tensor,        # [B,T,D] normalised input
+        rope:tuple,      # cos, sin [T,R/2] or [B,T,R/2] at the positions of `x`
+        mask:Tensor,     # [B or 1,T,S] who sees whom, as `attend` takes it
+        cache=None,      # keeps the keys = values of earlier tokens; extended by those of `x`
+    ) -> Tensor:         # [B,T,D]
         q = self.query(x, *rope)
         kv = self.latent(x, *rope)
         if cache is not None: kv = cache.extend(kv)

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/1_architecture/04_rope.ipynb #2dec0736
-def upcast(
-    x:Tensor,  # any shape and type, integers too
-)->Tensor:     # float32, or float64 where x is
+def upcast(x):   # a tensor of any type -> float32, or float64 where it is
     "At least float32: statistics, angles and softmaxes are never computed in bf16"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def unrounded(
-    x:Tensor,  # on the device where the products will be
-):
+def unrounded(x):   # a tensor on the device where the products will be
     "A context in which products keep float32 although autocast rounds them elsewhere"
     return torch.autocast(str(x.device).partition(':')[0], enabled=False)
 
@@ -36,16 +32,9 @@ def rope_angles(
     speeds = 1.0/theta**(torch.arange(0, R, 2, dtype=pos.dtype, device=pos.device)/R)
     return pos[...,None]*(speeds if factor==1 else yarn(speeds, theta, factor, context))
 
-# %% ../../nbs/1_architecture/04_rope.ipynb #b47e7091
-def rope_cos_sin(
-    pos:Tensor,             # [T] or [B,T] positions
-    R:int,                  # channels that rotate
-    theta:float=10000.0,    # base of the speeds
-    factor:float=1.0,       # of `yarn`; 1: no stretching
-    context:int=65536,      # of `yarn`
-)->tuple[Tensor,Tensor]:    # cos, sin [T,R/2] or [B,T,R/2]
+def rope_cos_sin(*args, **kwargs):   # of `rope_angles` -> [T,R/2] or [B,T,R/2] each
     "Cosine and sine of `rope_angles`, computed once per forward pass and shared by all layers"
-    angles = rope_angles(pos, R, theta, factor, context)
+    angles = rope_angles(*args, **kwargs)
     return angles.cos(), angles.sin()
 
 # %% ../../nbs/1_architecture/04_rope.ipynb #045885e6
@@ -54,25 +43,19 @@ def rotate(
     cos:Tensor,  # [T,R/2] or [B,T,R/2] from `rope_cos_sin`
     sin:Tensor,  # [T,R/2] or [B,T,R/2]; with `-sin` the rotation runs backwards
 )->Tensor:       # [B,T,H,K] of x's type
-    "Rotate the last R channels of every head, partners side by side; `-sin` undoes it (V4 section 2.3.3)"
+    "Rotate the last R channels of every head, partners side by side (V4 section 2.3.3)"
     R = 2*cos.shape[-1]
-    cos = cos.unsqueeze(-2)
-    sin = sin.unsqueeze(-2)
+    cos,sin = (a.unsqueeze(-2) for a in (cos, sin))
     still,turn = x.split([x.shape[-1]-R, R], -1)
     a,b = turn.unflatten(-1, (-1,2)).unbind(-1)   # cos and sin lift bf16 to float32
     turn = torch.stack([a*cos-b*sin, a*sin+b*cos], -1).flatten(-2)
     return torch.cat([still, turn.to(x.dtype)], -1)
 
 # %% ../../nbs/1_architecture/04_rope.ipynb #1702666c
-def yarn(
-    speeds:Tensor,   # [R/2] radians per token of each pair, falling
-    theta:float,     # their base
-    factor:float,    # how far to stretch
-    context:int,     # tokens of a text before the stretching
-)->Tensor:           # [R/2]
-    "YaRN (arXiv 2309.00071) as V4 has it: pairs that turn less than once in `context` slow down by `factor`, those above 32 turns stay"
+def yarn(speeds, theta, factor, context):   # [R/2] radians per token; the rest as in `rope_angles`
+    "YaRN as V4 has it (arXiv 2309.00071): pairs of less than one turn slow down, above 32 none"
     R = 2*len(speeds)
-    pair = lambda turns: R*math.log(context/(2*math.pi*turns))/(2*math.log(theta))
+    def pair(turns): return R*math.log(context/(2*math.pi*turns))/(2*math.log(theta))
     low = max(math.floor(pair(32)), 0)
     high = min(math.ceil(pair(1)), R-1)
     slow = (torch.arange(R//2, device=speeds.device)-low)/max(high-low, 0.001)

@@ -47,13 +47,9 @@ class Rows(NamedTuple):
     docs: Tensor|None=None      # [B,T] documents of the new tokens; None: each row is one document
     k_docs: Tensor|None=None    # [B,S] documents of the keys
     starts: Tensor|None=None    # [B,T] where each token's document began
-    entries: dict|None=None     # kind of compressed attention -> ends and documents [B or 1,C] of earlier entries, or None
+    entries: dict|None=None     # kind -> ends and documents [B or 1,C] of earlier entries, or None
 
-def whole_rows(
-    cfg,                # a `WhaleConfig`
-    ids:Tensor,         # [B,T] tokens
-    docs:Tensor|None,   # [B,T] document of each; None: each row is one document
-) -> Rows:
+def whole_rows(cfg, ids, docs=None):   # a `WhaleConfig`; [B,T] tokens; [B,T] documents or None
     "Rows that begin at position 0 and see only themselves"
     pos = torch.arange(ids.shape[1], device=ids.device)
     kinds = {kind: None for kind,_ in cfg.kinds if kind!=SWA}
@@ -64,14 +60,13 @@ def whole_rows(
 NEVER = 2**40   # position of an entry that does not exist: after every query
 
 def block_ends(
-    pos:Tensor,               # [T] positions of new tokens
-    rate:int,                 # m, tokens in one block
-    starts:Tensor|None=None,  # [B,T] from `document_starts`; None: one document per row, from position 0
-    count:int|None=None,      # how many to return, which saves waiting for the number; None: all there are
-) -> Tensor:                  # [B or 1,C] rising; NEVER where a row has fewer
+    pos:Tensor,           # [T] positions of new tokens
+    rate:int,             # m, tokens in one block
+    starts:Tensor=0,      # [B,T] from `document_starts`; 0: one document per row
+    count:int|None=None,  # how many, which saves waiting for the number; None: all there are
+) -> Tensor:              # [B or 1,C] rising; NEVER where a row has fewer
     "Positions at which the new tokens finish a block"
-    if starts is None and count is None: return pos[rate-1-int(pos[0])%rate::rate][None]
-    done = (pos-(0 if starts is None else starts)+1)%rate==0
+    done = (pos-starts+1)%rate==0
     ends = torch.where(done, pos, NEVER).view(-1, len(pos)).sort(1).values
     return ends[:, :int((ends<NEVER).sum(1).max()) if count is None else count]
 
@@ -87,38 +82,35 @@ class Blocks(NamedTuple):
     sparse: bool=True      # False: queries see all entries, whatever an indexer scores them
     entries: tuple=()      # ends and documents [B or 1,C] of all entries
 
-# %% ../../nbs/1_architecture/05_visibility.ipynb #bdb205f0
-def far_rope(
-    cfg,         # a `WhaleConfig`
-    pos:Tensor,  # [T] or [B,T] positions
-) -> tuple:      # cos, sin [T,R/2] or [B,T,R/2]
+def far_rope(cfg, pos):   # [T] or [B,T] positions -> cos, sin [T,R/2] or [B,T,R/2]
     "Rotation in compressed layers, for queries, window keys, entries and indexer alike"
-    return rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.compress_rope_theta,
-        cfg.yarn_factor, cfg.yarn_context)
+    base = cfg.qk_rope_head_dim, cfg.compress_rope_theta
+    return rope_cos_sin(pos, *base, cfg.yarn_factor, cfg.yarn_context)
 
 # %% ../../nbs/1_architecture/05_visibility.ipynb #d8269df7
 def make_blocks(
-    cfg,                       # a `WhaleConfig`
-    kind:str,                  # of compressed attention
-    rows:Rows,                 # the new tokens, and the entries made before them
-    window:Tensor|None,        # who sees which plain key
-    losses:list|None=None,     # see `Blocks`
-    sparse:bool=True,          # see `Blocks`
+    cfg,                     # a `WhaleConfig`
+    kind:str,                # of compressed attention
+    rows:Rows,               # the new tokens, and the entries made before them
+    window:Tensor|None,      # this and the next two: see `Blocks`
+    losses:list|None=None,
+    sparse:bool=True,
 ) -> Blocks:
     "Where the new tokens' entries lie, and who sees which of all entries"
-    pos,_,docs,_,starts,entries = rows
+    pos = rows.pos
+    one = pos.new_zeros(1, len(pos))                       # one document, from position 0 on
+    docs,starts = (one if x is None else x for x in (rows.docs, rows.starts))
     rate = cfg.rates[kind]
-    before = entries[kind]
+    before = rows.entries[kind]
     ends = block_ends(pos, rate, starts, len(pos)//rate if before is None else None)
     where = (ends-pos[0]).clamp(0, len(pos)-1)
-    owner = torch.zeros_like(ends) if docs is None else docs.gather(1, where)
-    begin = 0 if starts is None else starts.gather(1, where)
-    every = ends,owner
-    if before is not None: every = tuple(torch.cat(pair, 1) for pair in zip(before, every))
-    seen = every[0][:,None]<=pos[:,None]                       # a block is seen from its last token on
-    if docs is not None: seen = seen & (every[1][:,None]==docs[...,None]) & (docs>=0)[...,None]
+    entries = (ends, docs.gather(1, where))
+    if before is not None: entries = tuple(torch.cat(pair, 1) for pair in zip(before, entries))
+    every,owners = (x[:,None] for x in entries)
+    seen = (every<=pos[:,None]) & (owners==docs[...,None]) & (docs>=0)[...,None]
     rope = far_rope(cfg, torch.where(ends==NEVER, 0, ends-rate+1))
-    return Blocks(window, ends, ends-begin<2*rate-1, rope, seen, losses, sparse, every)
+    first = ends-starts.gather(1, where)<2*rate-1
+    return Blocks(window, ends, first, rope, seen, losses, sparse, entries)
 
 def views(
     cfg,                     # a `WhaleConfig`

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 from nanowhale.fast.bench import add_to
-from nanowhale.model.compress import CompressedAttention, choose, far_weights, index_recall
+from nanowhale.model.compress import CompressedAttention, choose, far_weights
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.presets import cache_bytes, layer_flops, nanowhale_v4
 from nanowhale.train.data import split_held_out, train_tokenizer
@@ -65,6 +65,12 @@ def accuracy(whale, T, rng, rows=192):
     among = lambda a, b: (labels[:,1:]>=0) & (far[:,1:]>=a) & (far[:,1:]<b)
     return [round(right[among(a, b)].float().mean().item(), 4) for a,b in zip(EDGES, EDGES[1:])]
 
+def index_recall(scores, target, seen, k):
+    "Of the weight that the k best entries hold, the share that the chosen ones hold; over queries with more than k to choose from"
+    many = (seen.sum(-1)>k).expand(target.shape[:2])
+    def held(by): return (target*choose(by, seen, k)).sum(-1)[many].sum()
+    return (held(scores)/held(target)).item()
+
 def judged(layer, x, rope, blocks):
     "What a layer's indexer thinks of all entries"
     indexer = layer.compressor.indexer
@@ -78,7 +84,7 @@ def recall_of_indexer(whale, ids):
         x,rope,blocks = args[:3]
         q,kv,far = layer.query(x, *rope),layer.latent(x, *rope),layer.compressor(x, blocks)
         seen = blocks.seen.expand(len(x), -1, -1)
-        _,lse = attend(q, kv, layer.sinks, blocks.window, far, seen, lse=True)
+        _,lse = attend(q, kv, layer.sinks, blocks.window, far, seen)
         found.append(index_recall(judged(layer, x, rope, blocks), far_weights(q, far, lse, seen), seen, layer.compressor.indexer.topk))
     hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention) and m.compressor.indexer]
     whale(ids, sparse=False).logits
@@ -178,7 +184,7 @@ def look(folder):
     def judge(layer, args, out):
         x,rope,blocks = args[:3]
         comp,i = layer.compressor,int([n for n,m in whale.named_modules() if m is layer][0].split('.')[2])
-        w = comp.weigh(comp.slots_of(comp.project(x), blocks), blocks.first)[1][0,1:]      # [C,slots,W], without the block that has none before it
+        w = comp.weigh(x, blocks)[1][0,1:]      # [C,slots,W], without the block that has none before it
         row = dict(layer=i, kind=comp.indexer and 'csa' or 'hca', ends=blocks.ends[0].tolist(),
             slots=[round(v, 3) for v in w.mean((0,2)).tolist()], channels=[[round(v, 2) for v in c] for c in w.mean(0).T[:16].tolist()])
         if comp.indexer: row['chosen'] = choose(judged(layer, x, rope, blocks), blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
