@@ -13,10 +13,10 @@ from ..model.visibility import NEVER, Rows, document_starts
 
 # %% ../../nbs/3_generation/23_cache.ipynb #ea3d9caf
 class KVCache:
-    "A ring of keys = values of one layer: position p lies in slot p modulo its size, and stays there"
+    "A ring of keys = values of one layer: position p lies in slot p modulo the size"
     def __init__(self,
         window:int,     # W, tokens that a query sees, itself among them
-        spare:int=0):   # slots beyond the window; passes of 1+spare tokens fit in, and can be taken back
+        spare:int=0):   # slots beyond the window; 1+spare tokens fit in, and can be taken back
         self.window = window
         self.room = 1+spare        # tokens of a pass that is written in place
         self.size = window+spare
@@ -54,7 +54,8 @@ class KVCache:
         "Forget the last n tokens, as if they had never been read"
         most = self.length-self.floor
         if not 0<=n<=most:
-            raise ValueError(f'cache: cannot take back {n} tokens, at most {most}; give it more spare slots')
+            raise ValueError(f'cache: cannot take back {n} tokens, at most {most}; '
+                'give it more spare slots')
         self.length -= n
 
 # %% ../../nbs/3_generation/23_cache.ipynb #ffd7e5e7
@@ -101,7 +102,7 @@ class CompressedCache(KVCache):
         kind:str,     # of compressed attention
         spare:int=0): # see `KVCache`
         super().__init__(cfg.sliding_window, spare)
-        n = 1+(kind==CSA)   # CSA has two compressors, one for its indexer, and pools two blocks into an entry
+        n = 1+(kind==CSA)   # compressors (CSA's second is its indexer's), and blocks in an entry
         self.far = [Memory(cfg.rates[kind]*n, spare) for _ in range(n)]
 
     def rewind(self,
@@ -113,7 +114,7 @@ class CompressedCache(KVCache):
 
 # %% ../../nbs/3_generation/23_cache.ipynb #8db1128b
 class Cache:
-    "What generation keeps: a ring for each layer, one for documents if rows have any, and where entries lie"
+    "What generation keeps: a ring a layer, one for documents if there are any, where entries lie"
     def __init__(self,
         cfg,              # a `WhaleConfig`
         spare:int=0,      # slots beyond the window; see `KVCache`
@@ -125,7 +126,8 @@ class Cache:
         self.layers = [ring(kind) for kind in self.kinds]
         self.docs = None
         self.spare = spare
-        self.entries = {kind: None for kind in self.kinds if kind!=SWA}   # ends and documents [B or 1,C]
+        # kind of compressed attention -> ends and documents [B or 1,C] of its entries
+        self.entries = {kind: None for kind in self.kinds if kind!=SWA}
 
     @property
     def length(self): return self.layers[0].length   # tokens read
@@ -133,12 +135,13 @@ class Cache:
     def documents(self,
         ids:Tensor,        # [B,T] new tokens
         docs:Tensor|None,  # [B,T] their documents; None: they continue each row's last one
-    ) -> tuple:            # documents [B,T], where each began [B,T], and documents of all keys [B,S]; None each without any
-        "Documents of new tokens and of what they may see"
+    ) -> tuple:            # documents [B,T], where each began [B,T], documents of all keys [B,S]
+        "Documents of new tokens and of the keys that they may see; None each if rows have none"
         ring,last = self.layers[0], None
         if not self.length: self.docs = None if docs is None else KVCache(ring.window, self.spare)
         elif docs is not None and self.docs is None:
-            raise ValueError('docs: this cache began without documents; pass them from the first call on')
+            raise ValueError('docs: this cache began without documents; '
+                'pass them from the first call on')
         elif self.docs:
             last = self.docs.kv[:,(self.length-1)%ring.size].unbind(-1)
             if docs is None: docs = last[0][:,None].expand_as(ids)
@@ -153,7 +156,8 @@ class Cache:
         "Where new tokens stand, and the keys that they may see in the order of the rings"
         ring,T = self.layers[0], ids.shape[1]
         if self.length and len(ring.kv)!=len(ids):
-            raise ValueError(f'cache: it holds {len(ring.kv)} rows, input_ids has {len(ids)}; begin a new one')
+            raise ValueError(f'cache: it holds {len(ring.kv)} rows, input_ids has {len(ids)}; '
+                'begin a new one')
         pos = torch.arange(self.length, self.length+T, device=ids.device)
         k_pos = ring.positions(T, ids.device) if self.length else pos
         docs,starts,k_docs = self.documents(ids, docs)

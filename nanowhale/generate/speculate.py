@@ -8,11 +8,12 @@ __all__ = ['residual', 'verify', 'Drafter', 'distributions', 'speculate']
 # %% ../../nbs/3_generation/25_speculate.ipynb #b7834b32
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .cache import Cache
 from ..model.config import SWA
 from ..model.visibility import views
-from .sample import Rows, draw, warp, check_rules, whole_number, _check, _finite
 from ..train.evaluate import evaluating
+from .cache import Cache
+from .sample import (Rows, draw, warp, check_rules, whole_number,
+    _check, _finite, _generator)
 
 # %% ../../nbs/3_generation/25_speculate.ipynb #cb3d7a6f
 def residual(
@@ -33,11 +34,13 @@ def verify(
 ) -> tuple:                          # tokens [B,n+1], of which the first kept+1 count; kept [B], 0 to n
     "Keep drafts while they pass, then draw one token: the same distribution as drawing each from `p`"
     n = drafts.shape[1]
-    p_d,q_d = (x[:,:n].gather(-1, drafts[:,:,None])[:,:,0] for x in (p, q))
+    p_d,q_d = (x[:,:n].gather(-1, drafts[:,:,None])[:,:,0] for x in (p, q))   # of the drafts
     u = torch.rand(drafts.shape, generator=generator, device=drafts.device)
     kept = (u*q_d<p_d).long().cumprod(-1).sum(-1)
-    last = torch.cat([residual(p[:,:n], q), p[:,n:]], 1)[torch.arange(len(kept), device=kept.device), kept]
-    return F.pad(drafts, (0,1)).scatter(1, kept[:,None], draw(last.log(), generator)[:,None]), kept
+    row = torch.arange(len(kept), device=kept.device)
+    last = torch.cat([residual(p[:,:n], q), p[:,n:]], 1)[row, kept]
+    new = draw(last.log(), generator)[:,None]
+    return F.pad(drafts, (0,1)).scatter(1, kept[:,None], new), kept
 
 # %% ../../nbs/3_generation/25_speculate.ipynb #036cc4e8
 class Drafter:
@@ -46,36 +49,45 @@ class Drafter:
         whale,        # a `Whale` with an MTP block
         drafts:int):  # at most so many at a time
         _check(len(whale.mtp), 'speculate: this whale has no MTP block to draft with; use generate')
-        self.whale,self.block,self.cache = whale,whale.mtp[0],Cache(whale.cfg, spare=drafts, layers=1)
+        self.whale = whale
+        self.block = whale.mtp[0]
+        self.cache = Cache(whale.cfg, spare=drafts, layers=1)
 
     def logits(self,
         X:Tensor,          # [B,T,N,D] streams of the next T positions
         told:Tensor,       # [B,T] the token after each
         docs:Tensor=None,  # [B,T] documents, in the first call if at all
-    ) -> tuple:            # logits [B,V] of the token after the last told one, and the block's streams there [B,1,N,D]
+    ) -> tuple:            # logits [B,V] of the token after the last told one; streams there [B,1,N,D]
         "Read on; predict one token"
         rows = self.cache.place(told, docs)
         rope,mask = views(self.whale.cfg, rows, self.whale.see)[SWA]
-        X,_ = self.block.streams(X, self.whale.model.embed_tokens(told), rope, mask, self.cache.layers[0])
-        return self.whale.lm_head(self.block.norm(self.block.hc_head(X[:,-1:])))[:,0], X[:,-1:]
+        e = self.whale.model.embed_tokens(told)
+        X,_ = self.block.streams(X, e, rope, mask, self.cache.layers[0])
+        last = X[:,-1:]
+        h = self.block.norm(self.block.hc_head(last))
+        return self.whale.lm_head(h)[:,0], last
 
     def propose(self,
-        X:Tensor,                        # [B,T,N,D] the trunk's streams at positions not read yet; None if n is 0
+        X:Tensor,                        # [B,T,N,D] the trunk's streams at positions not read yet
         rows:Rows,                       # the texts so far, one token longer than what the trunk has read
         n:int,                           # how many
         generator:torch.Generator=None,  # source of randomness
         **rules,                         # for `warp`
     ) -> tuple:                          # drafts [B,n], and what each was drawn from [B,n,V]
         "Guess the n tokens after the texts"
-        told,seen,new = rows.ids[:,self.cache.length+1:],rows.seen,rows.ids[:,:0]
+        told = rows.ids[:,self.cache.length+1:]
         docs = None if self.cache.length or rows.docs is None else rows.docs[:,:told.shape[1]]
-        drafts,q = [new],[seen[:,None].float()[:,:0]]
+        seen = rows.seen
+        drafts = [rows.ids[:,:0]]                # none yet
+        q = [seen[:,None].float()[:,:0]]
         for _ in range(n):
             logits,X = self.logits(X, told, docs)
             logits = warp(_finite(logits, rows.ids.shape[1]), seen, **rules)
-            told,docs = draw(logits, generator)[:,None],None
+            told = draw(logits, generator)[:,None]
+            docs = None                          # a draft continues its row's document
             seen = seen.scatter(1, told, True)
-            drafts.append(told); q.append(logits.softmax(-1)[:,None])
+            drafts.append(told)
+            q.append(logits.softmax(-1)[:,None])
         self.cache.rewind(max(0, n-1))
         return torch.cat(drafts, 1), torch.cat(q, 1)
 
@@ -94,6 +106,18 @@ def distributions(
     return torch.stack(p, 1)
 
 # %% ../../nbs/3_generation/25_speculate.ipynb #4e32134f
+def _round(whale, cache, drafter, rows, X, n, generator, rules):
+    "Draft n tokens, verify them in one pass: new tokens [B,used+1], how many drafts are used, next streams"
+    T = rows.ids.shape[1]
+    drafts,q = drafter.propose(X, rows, n, generator, **rules)
+    docs = None if cache.length else rows.docs
+    out = whale(torch.cat([rows.ids[:,cache.length:], drafts], 1), docs=docs, cache=cache)
+    p = distributions(_finite(out.logits[:,-n-1:], T), drafts, rows.seen, **rules)
+    tokens,kept = verify(p, q, drafts, generator)
+    used = int(kept.masked_fill(rows.done, n).min())     # all rows go on from the same column
+    cache.rewind(n-used)
+    return tokens[:,:used+1], used, out.streams[:,:out.streams.shape[1]-n+used]
+
 def speculate(
     whale,                             # a `Whale` with an MTP block
     input_ids:Tensor,                  # [B,T] the prompts
@@ -105,29 +129,26 @@ def speculate(
     repetition_penalty:float=1.0,      # above 1: fewer repeats; drafts count as seen
     eos_token_id='config',             # id or ids that end a row, as in `generate`
     attention_mask:Tensor=None,        # [B,T] 0 for padding on the left; see `left_pad`
-    seed:int=None,                     # the same seed gives the same text, though not the text of `generate`
+    seed:int=None,                     # same seed, same text, though not the text of `generate`
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
     drafts:int=1,                      # tokens to guess in each round
-    on_round=None,                     # called after each pass of the trunk with the numbers of drafts and of drafts used
+    on_round=None,                     # called after each pass with the numbers of drafts and of kept ones
 ) -> Tensor:                           # [B,T+n]
     "`generate`, in fewer passes of the trunk: greedily the same text, else the same distribution"
     rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     drafts = whole_number('drafts', drafts, 1)
     with evaluating(whale):
-        rows,cache,drafter = Rows(whale, input_ids, attention_mask, eos_token_id, on_token),Cache(whale.cfg, spare=drafts),Drafter(whale, drafts)
+        rows = Rows(whale, input_ids, attention_mask, eos_token_id, on_token)
+        cache = Cache(whale.cfg, spare=drafts)
+        drafter = Drafter(whale, drafts)
         if temperature==0: seed = 0   # leaves torch's global randomness alone
-        generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(int(seed))
-        X,stop = None,rows.ids.shape[1]+max_new_tokens
-        while (room := stop-rows.ids.shape[1]) and not rows.done.all():
+        generator = _generator(seed, rows.ids.device)
+        most = rows.ids.shape[1]+max_new_tokens
+        X = None
+        while (room := most-rows.ids.shape[1]) and not rows.done.all():
             n = 0 if X is None else min(drafts, room-1)
-            guess,q = drafter.propose(X, rows, n, generator, **rules)
-            out = whale(torch.cat([rows.ids[:,cache.length:], guess], 1), docs=None if cache.length else rows.docs, cache=cache)
-            p = distributions(_finite(out.logits[:,-n-1:], rows.ids.shape[1]), guess, rows.seen, **rules)
-            tokens,kept = verify(p, q, guess, generator)
-            used = int(kept.masked_fill(rows.done, n).min())
-            cache.rewind(n-used)
-            X = out.streams[:,:out.streams.shape[1]-n+used]
-            for new in tokens[:,:used+1].unbind(1):
+            tokens,used,X = _round(whale, cache, drafter, rows, X, n, generator, rules)
+            for new in tokens.unbind(1):
                 if not rows.done.all(): rows.add(new)
             if on_round is not None: on_round(n, used)
     return rows.ids.to(input_ids.device, copy=True)
