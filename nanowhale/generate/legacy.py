@@ -7,14 +7,14 @@ __all__ = ['MARK', 'PERMUTED', 'NO_SINK', 'NO_CLAMP', 'IGNORED', 'is_legacy', 'p
            'legacy_weights', 'read_model']
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #38cf6af7
-import torch
 from dataclasses import replace
 from pathlib import Path
+import torch
 from torch import Tensor
 from ..model.config import WhaleConfig, reject
+from ..train.files import read_json
 from nanowhale.generate.weights import (check_types, find_folder, read_config, read_weights,
     translate)
-from ..train.files import read_json
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #253c548f
 MARK = '.shared_expert.'      # V4's own files say shared_experts

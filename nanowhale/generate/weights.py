@@ -12,22 +12,27 @@ import hashlib, json, re
 from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (LocalEntryNotFoundError, RepositoryNotFoundError,
+    RevisionNotFoundError)
 from safetensors.torch import save_file
 from ..model.whale import FLOAT32
-from .hf_config import MODEL_TYPES
 from ..train.files import AGAIN, INDEX, WEIGHTS, atomic, check_size, read_file, read_json
+from .hf_config import MODEL_TYPES
 
 # %% ../../nbs/3_generation/28_weights.ipynb #0d0aaa86
 def read_config(
     folder:str|Path,  # a checkpoint folder
 )->dict:
     "The `config.json` of a checkpoint folder, which must describe a deepseek_v4 model"
-    if not Path(folder).is_dir(): raise FileNotFoundError(f'{folder}: no such folder; name one that holds config.json and {WEIGHTS}')
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'{folder}: no such folder; '
+            f'name one that holds config.json and {WEIGHTS}')
     path = Path(folder)/'config.json'
     config = read_json(path)
     kind = config.get('model_type')
-    if kind not in MODEL_TYPES: raise ValueError(f"{path}: model_type is {kind!r:.80}, only 'deepseek_v4' can be read; choose another folder")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"{path}: model_type is {kind!r:.80}, only 'deepseek_v4' can be read; "
+            'choose another folder')
     return config
 
 # %% ../../nbs/3_generation/28_weights.ipynb #fc5a4d67
@@ -36,10 +41,12 @@ def shard_names(
 )->dict:
     "The index's map from tensor name to shard, each shard checked to be a plain file name"
     where = read_json(index).get('weight_map')
-    if not isinstance(where, dict) or not where: raise ValueError(f'{index}: has no weight_map; {AGAIN}')
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f'{index}: has no weight_map; {AGAIN}')
     for k,shard in where.items():
         if not re.fullmatch(r'[\w.-]+\.safetensors', str(shard)):
-            raise ValueError(f'{index}: {k!r:.80} is said to lie in {shard!r:.80}, which is not a plain file name; do not trust this folder')
+            raise ValueError(f'{index}: {k!r:.80} is said to lie in {shard!r:.80}, '
+                'which is not a plain file name; do not trust this folder')
     return where
 
 # %% ../../nbs/3_generation/28_weights.ipynb #76fe3841
@@ -49,15 +56,21 @@ def read_weights(
 )->dict:
     "Every tensor of a checkpoint folder, by the name it has in the file"
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; name one that holds config.json and {WEIGHTS}')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder}: no such folder; '
+            f'name one that holds config.json and {WEIGHTS}')
     if (folder/WEIGHTS).is_file(): return read_file(folder/WEIGHTS, meta)
     if not (folder/INDEX).is_file():
-        raise FileNotFoundError(f'{folder}: holds neither {WEIGHTS} nor {INDEX}; save pickled weights (.bin, .pt) as safetensors first')
-    where,tensors = shard_names(folder/INDEX),{}
+        raise FileNotFoundError(f'{folder}: holds neither {WEIGHTS} nor {INDEX}; '
+            'save pickled weights (.bin, .pt) as safetensors first')
+    where = shard_names(folder/INDEX)
+    tensors = {}
     for shard in sorted(set(where.values())):
         found = read_file(folder/shard, meta)
         gone = [k for k,s in where.items() if s==shard and k not in found]
-        if gone: raise ValueError(f'{folder/shard}: {gone[0]!r:.80} is not in it, though {INDEX} says so; copy or download both again')
+        if gone:
+            raise ValueError(f'{folder/shard}: {gone[0]!r:.80} is not in it, though {INDEX} says so; '
+                'copy or download both again')
         tensors |= {k: t for k,t in found.items() if where.get(k, shard)==shard}
     return tensors
 
@@ -77,16 +90,19 @@ def checksum(
 def check_blobs(
     folder:str|Path,  # a snapshot in the Hub's cache
 ):
-    "Every file that links to a blob has the checksum that is the blob's name; else a `ValueError` that names the file"
+    "Every file that links to a blob has the checksum that is the blob's name, or is named as damaged"
     for f in sorted(Path(folder).iterdir()):
         blob = f.resolve()
-        if not f.is_symlink() or not re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', blob.name) or not blob.is_file(): continue
+        promised = f.is_symlink() and re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', blob.name)
+        if not promised or not blob.is_file(): continue
         if checksum(blob, git=len(blob.name)==40)!=blob.name:
-            raise ValueError(f'{f}: damaged, its checksum is not the one the Hub promised; delete {blob} and try again')
+            raise ValueError(f'{f}: damaged, its checksum is not the one the Hub promised; '
+                f'delete {blob} and try again')
 
 # %% ../../nbs/3_generation/28_weights.ipynb #d392f76f
-WANTED = ['config.json', 'generation_config.json', 'model*.safetensors', INDEX, 'tokenizer*.json', 'tokenizer.model', 'special_tokens_map.json', 'vocab.json',
-    'merges.txt', 'chat_template.jinja']     # what is downloaded: data, never code
+WANTED = ['config.json', 'generation_config.json', 'model*.safetensors', INDEX, 'tokenizer*.json',
+    'tokenizer.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt',
+    'chat_template.jinja']     # what is downloaded: data, never code
 
 # %% ../../nbs/3_generation/28_weights.ipynb #04463d35
 def hub_says(
@@ -94,40 +110,51 @@ def hub_says(
     revision:str|None=None,  # that was asked for
 )->str:
     "The client's error in a few words that say what to do"
-    if isinstance(e, RepositoryNotFoundError): return 'the Hub shows no such model: check the name, or log in with `hf auth login` if it is private'
-    if isinstance(e, RevisionNotFoundError): return f'the Hub has the model, but no revision {revision!r} of it'
-    if isinstance(e, LocalEntryNotFoundError): return 'the Hub cannot be reached, nor is all of it in the cache: check the network and try again'
-    return f'the download from the Hub failed ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}); try again'
+    if isinstance(e, RepositoryNotFoundError):
+        return ('the Hub shows no such model: '
+            'check the name, or log in with `hf auth login` if it is private')
+    if isinstance(e, RevisionNotFoundError):
+        return f'the Hub has the model, but no revision {revision!r} of it'
+    if isinstance(e, LocalEntryNotFoundError):
+        return ('the Hub cannot be reached, nor is all of it in the cache: '
+            'check the network and try again')
+    lines = str(e).strip().splitlines()
+    return f'the download from the Hub failed ({lines[0] if lines else type(e).__name__}); try again'
 
 # %% ../../nbs/3_generation/28_weights.ipynb #79fcae13
 def find_folder(
     name:str|Path,           # a folder, or the name of a model on the Hub
     revision:str|None=None,  # branch, tag or commit on the Hub; None: main
 )->Path:
-    "The folder of that name, or else the Hub's model in the local cache, downloaded as far as it is not there yet"
+    "The folder of that name, or else the Hub's model in the local cache, downloaded where not there"
     if Path(name).is_dir():
-        if revision: raise ValueError(f'{name}: a folder has no revision {revision!r}; leave it out, or give the name of a model on the Hub')
+        if revision:
+            raise ValueError(f'{name}: a folder has no revision {revision!r}; '
+                'leave it out, or give the name of a model on the Hub')
         for f in Path(name).glob('*.json'): check_size(f)
         return Path(name)
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name)):
-        raise FileNotFoundError(f'{name}: no such folder; name one that holds config.json and {WEIGHTS}, or a model on the Hub as USER/NAME')
+        raise FileNotFoundError(f'{name}: no such folder; name one that holds config.json '
+            f'and {WEIGHTS}, or a model on the Hub as USER/NAME')
     try: folder = snapshot_download(str(name), revision=revision, allow_patterns=WANTED)
-    except Exception as e: raise FileNotFoundError(f'{name}: no such folder here, and {hub_says(e, revision)}') from None
+    except Exception as e:
+        raise FileNotFoundError(f'{name}: no such folder here, and {hub_says(e, revision)}') from None
     check_blobs(folder)
     return find_folder(folder)
 
 # %% ../../nbs/3_generation/28_weights.ipynb #477865fd
 def write_weights(
-    state_dict:dict,  # name -> tensor
-    folder:str|Path,  # the checkpoint folder, made if needed
-    max_shard_size:int|str|None=None,  # e.g. '5GB': above it, several files and their index; None: always one file
-)->Path:
-    "Write `model.safetensors` in one step, or shards, under names free of compiler prefixes; returns the path of the file or the index"
+    state_dict:dict,                   # name -> tensor
+    folder:str|Path,                   # the checkpoint folder, made if needed
+    max_shard_size:int|str|None=None,  # e.g. '5GB': above it, several files; None: always one
+)->Path:                               # of the file, or of the index
+    "Write `model.safetensors` in one step, or shards, under names free of compiler prefixes"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k.replace('_orig_mod.', ''): v.detach().cpu().contiguous() for k,v in state_dict.items()}
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size) if max_shard_size else None
-    if plan and plan.is_sharded: return write_shards(tensors, plan, folder)
+    if max_shard_size:
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+        if plan.is_sharded: return write_shards(tensors, plan, folder)
     with atomic(folder/WEIGHTS) as tmp: save_file(tensors, tmp, metadata={'format': 'pt'})
     return folder/WEIGHTS
 
@@ -139,29 +166,36 @@ def write_shards(
 )->Path:
     "Write the shards, and last the index that makes them a checkpoint; returns its path"
     if (folder/WEIGHTS).exists() or (folder/INDEX).exists():
-        raise FileExistsError(f'{folder} already holds weights: several files cannot be replaced in one step; choose a new folder')
+        raise FileExistsError(f'{folder} already holds weights: '
+            'several files cannot be replaced in one step; choose a new folder')
     for shard,names in plan.filename_to_tensors.items():
-        with atomic(folder/shard) as tmp: save_file({k: tensors[k] for k in names}, tmp, metadata={'format': 'pt'})
-    with atomic(folder/INDEX) as tmp: tmp.write_text(json.dumps(dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename), indent=2)+'\n')
+        part = {k: tensors[k] for k in names}
+        with atomic(folder/shard) as tmp: save_file(part, tmp, metadata={'format': 'pt'})
+    index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
+    with atomic(folder/INDEX) as tmp: tmp.write_text(json.dumps(index, indent=2)+'\n')
     return folder/INDEX
 
 # %% ../../nbs/3_generation/28_weights.ipynb #2a70c971
-RENAMES = [(re.compile(old), new) for old,new in (                    # name on the disk -> name in the model, in this order
-    (r'_orig_mod\.', ''),                                             # torch.compile's prefix
-    (r'^(embed|layers|norm|hc_head)(?=[._])', r'model.\1'),           # DeepSeek's files have no `model.`
+RENAMES = [(re.compile(old), new) for old,new in (           # name on disk -> in the model, in order
+    (r'_orig_mod\.', ''),                                    # torch.compile's prefix
+    (r'^(embed|layers|norm|hc_head)(?=[._])', r'model.\1'),  # DeepSeek's files have no `model.`
     (r'^model\.embed\.', 'model.embed_tokens.'), (r'^head\.', 'lm_head.'),
-    (r'\.hc_head_(fn|base|scale)$', r'.hc_head.hc_\1'), (r'\.hc_(attn|ffn)_(fn|base|scale)$', r'.\1_hc.\2'),
+    (r'\.hc_head_(fn|base|scale)$', r'.hc_head.hc_\1'),
+    (r'\.hc_(attn|ffn)_(fn|base|scale)$', r'.\1_hc.\2'),
     (r'\.attn_norm\.', '.input_layernorm.'), (r'\.ffn_norm\.', '.post_attention_layernorm.'),
     (r'\.attn\.', '.self_attn.'), (r'\.ffn\.', '.mlp.'), (r'\.attn_sink$', '.sinks'),
-    (r'\.w(q_a|q_b|kv|o_a|o_b)\.', r'.\1_proj.'), (r'\.q_norm\.', '.q_a_norm.'), (r'\.self_attn\.norm\.', '.self_attn.kv_norm.'),
-    (r'\.gate\.bias$', '.gate.e_score_correction_bias'), (r'\.shared_experts\.w1\.', '.shared_experts.gate_proj.'),
-    (r'\.shared_experts\.w2\.', '.shared_experts.down_proj.'), (r'\.shared_experts\.w3\.', '.shared_experts.up_proj.'))]
+    (r'\.w(q_a|q_b|kv|o_a|o_b)\.', r'.\1_proj.'), (r'\.q_norm\.', '.q_a_norm.'),
+    (r'\.self_attn\.norm\.', '.self_attn.kv_norm.'),
+    (r'\.gate\.bias$', '.gate.e_score_correction_bias'),
+    (r'\.shared_experts\.w1\.', '.shared_experts.gate_proj.'),
+    (r'\.shared_experts\.w2\.', '.shared_experts.down_proj.'),
+    (r'\.shared_experts\.w3\.', '.shared_experts.up_proj.'))]
 
 # %% ../../nbs/3_generation/28_weights.ipynb #a347ee2e
 def native_name(
     name:str,  # a tensor's name in a file
 )->str:
-    "The name that `Whale` and transformers' `DeepseekV4ForCausalLM` give to the tensor called `name` in a file"
+    "What `Whale` and transformers' `DeepseekV4ForCausalLM` call the tensor called `name` in a file"
     for old,new in RENAMES: name = old.sub(new, name)
     return name
 
@@ -170,66 +204,75 @@ EXPERT = re.compile(r'(.+\.experts)\.(\d+)\.w([123])\.weight')       # one matri
 
 # %% ../../nbs/3_generation/28_weights.ipynb #71d11802
 def stack_experts(
-    name:str,    # the module that holds the experts
-    parts:dict,  # (expert, 1 | 2 | 3) -> that expert's w1 [I,D], w2 [D,I] or w3 [I,D]
+    name:str,                     # the module that holds the experts
+    parts:dict,                   # (expert, 1 | 2 | 3) -> its w1 [I,D], w2 [D,I] or w3 [I,D]
     source:str='the checkpoint',  # the file or folder, for the error
-)->dict:
-    "The experts of one layer in two tensors: `gate_up_proj` [E,2I,D], gate rows (w1) above up rows (w3), and `down_proj` [E,D,I]"
+)->dict:                          # `gate_up_proj` [E,2I,D], w1 above w3, and `down_proj` [E,D,I]
+    "The experts of one layer in two tensors"
     E = max(e for e,_ in parts)+1
     for e in range(E):
-        if gone := [i for i in (1, 2, 3) if (e,i) not in parts]: raise ValueError(f'{source}: {name}.{e}.w{gone[0]} is missing; {AGAIN}')
+        if gone := [i for i in (1, 2, 3) if (e,i) not in parts]:
+            raise ValueError(f'{source}: {name}.{e}.w{gone[0]} is missing; {AGAIN}')
     try:
-        gate_up,down = [torch.cat([parts[e,1], parts[e,3]]) for e in range(E)],[parts[e,2] for e in range(E)]
-        return {f'{name}.gate_up_proj': torch.stack(gate_up), f'{name}.down_proj': torch.stack(down)}
-    except RuntimeError: raise ValueError(f'{source}: the experts of {name} differ in shape; {AGAIN}') from None
+        gate_up = torch.stack([torch.cat([parts[e,1], parts[e,3]]) for e in range(E)])
+        down = torch.stack([parts[e,2] for e in range(E)])
+    except RuntimeError:
+        raise ValueError(f'{source}: the experts of {name} differ in shape; {AGAIN}') from None
+    return {f'{name}.gate_up_proj': gate_up, f'{name}.down_proj': down}
 
 # %% ../../nbs/3_generation/28_weights.ipynb #0dbaa6ce
 def translate(
-    state_dict:dict,  # name -> tensor, under native names, transformers' names on the disk, or DeepSeek's
+    state_dict:dict,              # name -> tensor: native names, transformers' on the disk, or DeepSeek's
     source:str='the checkpoint',  # the file or folder, for the error
 )->dict:
     "The same tensors under the names of `Whale.state_dict()`; exact, and the identity on native names"
-    native,experts = {},{}
+    native,experts = {}, {}
     for name,t in state_dict.items():
         name = native_name(name)
-        store,key = native,name
-        if m := EXPERT.fullmatch(name): store,key = experts.setdefault(m[1], {}),(int(m[2]),int(m[3]))
+        m = EXPERT.fullmatch(name)
+        store = experts.setdefault(m[1], {}) if m else native
+        key = (int(m[2]), int(m[3])) if m else name
         if key in store: raise ValueError(f'{source}: two tensors mean {name}; keep one of them')
         store[key] = t
     for name,parts in experts.items(): native.update(stack_experts(name, parts, source))
     return native
 
 # %% ../../nbs/3_generation/28_weights.ipynb #481b124f
+def _shape(x): return list(getattr(x, 'shape', x))
+def _real(x): return getattr(x, 'is_floating_point', lambda: True)()
+
 def check_keys(
     state_dict:dict,              # name -> tensor, what was read
-    expected:dict,                # name -> shape or tensor, what the model needs: `model.state_dict()` will do
+    expected:dict,                # name -> shape or tensor, as `model.state_dict()`
     source:str='the checkpoint',  # the file or folder, for the error
-)->dict:
-    "`state_dict`, if it has exactly the expected names, shapes and kinds of number; else a `ValueError` with one line about the first difference"
-    shape = lambda d,k: list(getattr(d[k], 'shape', d[k]))
-    wrong = [f'{k} is missing, expected shape {shape(expected,k)}' for k in expected if k not in state_dict]
-    wrong += [f'{k} of shape {shape(state_dict,k)} has no place in the model' for k in state_dict if k not in expected]
-    wrong += [f'{k} has shape {shape(state_dict,k)}, expected {shape(expected,k)}'
-        for k in expected if k in state_dict and shape(state_dict,k)!=shape(expected,k)]
-    real = lambda t: getattr(t, 'is_floating_point', lambda: True)()
+)->dict:                          # `state_dict` itself
+    "Refuse what has not the expected names, shapes and kinds of number; name the first difference"
+    have = {k: _shape(t) for k,t in state_dict.items()}
+    want = {k: _shape(t) for k,t in expected.items()}
+    both = [k for k in want if k in have]
+    wrong = [f'{k} is missing, expected shape {want[k]}' for k in want if k not in have]
+    wrong += [f'{k} of shape {have[k]} has no place in the model' for k in have if k not in want]
+    wrong += [f'{k} has shape {have[k]}, expected {want[k]}' for k in both if have[k]!=want[k]]
     wrong += [f'{k} is stored as {state_dict[k].dtype}, which is the wrong kind of number'
-        for k in expected if k in state_dict and real(state_dict[k])!=real(expected[k])]
+        for k in both if _real(state_dict[k])!=_real(expected[k])]
     more = f' (and {len(wrong)-1} more differences)' if len(wrong)>1 else ''
-    if wrong: raise ValueError(f'{source}: {wrong[0]}{more}; config.json and weights do not belong together')
+    if wrong:
+        raise ValueError(f'{source}: {wrong[0]}{more}; config.json and weights do not belong together')
     return state_dict
 
 # %% ../../nbs/3_generation/28_weights.ipynb #f6d523ca
 def check_types(
     state_dict:dict,              # native name -> tensor
     source:str='the checkpoint',  # the file or folder, for the error
-)->dict:
-    "`state_dict`, if all that `FLOAT32` does not name has one type"
+)->dict:                          # `state_dict` itself
+    "Refuse large matrices of more than one type; what `FLOAT32` names may have its own"
     first = {}
     for k,t in state_dict.items():
         if t.is_floating_point() and not FLOAT32.search(k): first.setdefault(t.dtype, k)
     if len(first)>1:
         (a,k),(b,l),*_ = first.items()
-        raise ValueError(f'{source}: {k} is stored as {a}, {l} as {b}; store all large matrices in one type')
+        raise ValueError(f'{source}: {k} is stored as {a}, {l} as {b}; '
+            'store all large matrices in one type')
     return state_dict
 
 # %% ../../nbs/3_generation/28_weights.ipynb #5c475a7a
