@@ -17,14 +17,14 @@ def rope_factor(
     R:int,   # channels that rotate
     K:int,   # channels of a head
 )->float:    # a float `f` with `int(K*f) == R`
-    "R/K as a float that transformers' `int(head_dim * partial_rotary_factor)` turns back into exactly R"
+    "R/K as a float that transformers' `int(head_dim * partial_rotary_factor)` makes exactly R again"
     f = R/K
     return f if int(K*f)==R else math.nextafter(f, 1)
 
 # %% ../../nbs/3_generation/27_hf_config.ipynb #0e08afb7
-RATIOS = {0: SWA, 4: CSA, 128: HCA}            # what `compress_ratios` of DeepSeek's own files calls them
+RATIOS = {0: SWA, 4: CSA, 128: HCA}   # what DeepSeek's `compress_ratios` call them
 
-MAX_LAYERS = 10_000                            # more are not guessed from a file that does not list them
+MAX_LAYERS = 10_000                   # more are not guessed from a file that does not list them
 
 # %% ../../nbs/3_generation/27_hf_config.ipynb #c1d0eb6f
 def layer_lists(
@@ -46,13 +46,14 @@ def layer_lists(
             reject('num_hash_layers', hashed, f'must be from 0 to num_hidden_layers={n}')
         if hashed: out['mlp_layer_types'] = ['hash_moe']*hashed+['moe']*(n-hashed)
     if d.get('model_type')=='deepseek_v4':     # what transformers takes for granted
-        if 'layer_types' not in out and ratios is None: out['layer_types'] = ([HCA]*2+[HCA,CSA]*n)[:n]
+        if 'layer_types' not in out and ratios is None:
+            out['layer_types'] = ([HCA]*2+[HCA,CSA]*n)[:n]
         if 'mlp_layer_types' not in out and hashed is None:
             out['mlp_layer_types'] = (['hash_moe']*3+['moe']*n)[:n]
     return out
 
 # %% ../../nbs/3_generation/27_hf_config.ipynb #68c59d12
-YARN = dict(attention_factor=1, beta_fast=32, beta_slow=1, truncate=True)   # V4's, the only ones built
+YARN = dict(attention_factor=1, beta_fast=32, beta_slow=1, truncate=True)   # V4's
 
 def rope_kind(
     rope:dict,  # what describes one rotation
@@ -67,7 +68,8 @@ def yarn_fields(
     "How far a rotation is stretched, under our names"
     kind = rope_kind(rope)
     if kind=='default': return {}
-    if kind!='yarn': reject('rope_parameters.compress.rope_type', kind, "must be 'default' or 'yarn'")
+    if kind!='yarn':
+        reject('rope_parameters.compress.rope_type', kind, "must be 'default' or 'yarn'")
     said = rope if nested else dict(attention_factor=1.0) | rope
     for f,want in YARN.items():
         if said.get(f, None if f=='attention_factor' else want)!=want:
@@ -101,7 +103,7 @@ def rope_fields(
 BUILT = dict(num_key_value_heads=1, hidden_act='silu', attention_bias=False, mlp_bias=False,
     tie_word_embeddings=False, attention_dropout=0.0)   # the one value that this version builds
 
-MODEL_TYPES = ('deepseek_v4', 'nanowhale')     # the second: only our code can run it, see `hc_transposed`
+MODEL_TYPES = ('deepseek_v4', 'nanowhale')   # the second: only our code runs it, see `hc_transposed`
 
 # %% ../../nbs/3_generation/27_hf_config.ipynb #d85ecb8c
 def hf_fields(
@@ -146,14 +148,14 @@ OURS = ('hc_transposed', 'compress_rate_csa', 'compress_rate_hca',
 def config_to_dict(
     c:WhaleConfig,   # any
 )->dict:
-    "Plain JSON values under transformers' names, with the layer lists and the rotary fraction written out"
+    "Plain JSON values under transformers' names; layer lists and rotary fraction written out"
     d = {f.name: getattr(c, f.name) for f in fields(c)}
     for f in fields(c):                         # transformers has the same defaults
         far = f.name.split('_')[0] in ('compress','yarn','index')
         if far and d[f.name]==f.default: del d[f.name]
     if isinstance(c.eos_token_id, tuple): d['eos_token_id'] = list(c.eos_token_id)
     d['partial_rotary_factor'] = rope_factor(c.qk_rope_head_dim, c.head_dim)
-    if c.hc_transposed: return d                # transformers, which stumbles over our lists, never reads it
+    if c.hc_transposed: return d                # transformers would stumble over our lists
     for f in OURS: d.pop(f, None)
     if c.rates!={CSA: 4, HCA: 128}: d['compress_rates'] = c.rates
     if c.yarn_factor!=1: d['rope_parameters'] = yarn_parameters(c)

@@ -36,7 +36,8 @@ def pair_order(
     return torch.cat([torch.arange(K-R), K-R+turn])
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #62aff294
-PERMUTED = {'q_b_proj.weight': 0, 'kv_proj.weight': 0, 'kv_norm.weight': 0, 'o_a_proj.weight': 1}  # tensor -> axis of its channels
+PERMUTED = {     # tensor -> axis of its channels
+    'q_b_proj.weight': 0, 'kv_proj.weight': 0, 'kv_norm.weight': 0, 'o_a_proj.weight': 1}
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #1c980be4
 def reorder(
@@ -55,7 +56,8 @@ NO_SINK = -1e30                      # e^NO_SINK beside any score is exactly 0, 
 NO_CLAMP = 3e38                      # the largest numbers of float32 and bfloat16 are a little above it
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #f4d37b15
-IGNORED = ('auto_map', 'compress_ratios', 'layer_types', 'mlp_layer_types', 'partial_rotary_factor', 'rope_parameters')   # their code read none of these
+IGNORED = ('auto_map', 'compress_ratios', 'layer_types', 'mlp_layer_types',
+    'partial_rotary_factor', 'rope_parameters')   # their code read none of these
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #a04a62ba
 def legacy_config(
@@ -64,11 +66,14 @@ def legacy_config(
     "The whole context as the window, no clamp for a limit of 0, the transposed mix; and no code of theirs"
     d = {k: v for k,v in config.items() if k not in IGNORED}
     rope = config.get('rope_parameters')
-    if isinstance(rope, dict) and 'rope_theta' in rope: d['rope_theta'] = rope['rope_theta']      # where newer transformers puts it
+    if isinstance(rope, dict) and 'rope_theta' in rope:     # where newer transformers puts it
+        d['rope_theta'] = rope['rope_theta']
     d['max_position_embeddings'] = d.get('max_position_embeddings', 4096)
     if d.get('swiglu_limit')==0: d['swiglu_limit'] = NO_CLAMP
-    if d.pop('num_hash_layers', 0): reject('num_hash_layers', config['num_hash_layers'], 'the first nanowhale had no such layers')
-    return d | dict(model_type='nanowhale', sliding_window=d['max_position_embeddings'], hc_transposed=True)
+    if d.pop('num_hash_layers', 0):
+        reject('num_hash_layers', config['num_hash_layers'], 'the first nanowhale had no such layers')
+    return d | dict(model_type='nanowhale', hc_transposed=True,
+        sliding_window=d['max_position_embeddings'])
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #0e73ef9a
 def legacy_weights(
@@ -77,12 +82,15 @@ def legacy_weights(
     source:str='the checkpoint',  # the file or folder, for an error
 )->dict:                          # the same function under native names, to be run with `hc_transposed`
     "Rename, put RoPE's channels in our order, and take the sinks out"
-    order,out = pair_order(cfg.head_dim, cfg.qk_rope_head_dim),{}
-    for k,w in translate({k.replace(MARK, '.shared_experts.'): w for k,w in state_dict.items()}, source).items():
+    order = pair_order(cfg.head_dim, cfg.qk_rope_head_dim)
+    named = {k.replace(MARK, '.shared_experts.'): w for k,w in state_dict.items()}
+    out = {}
+    for k,w in translate(named, source).items():
         axis = PERMUTED.get('.'.join(k.split('.')[-2:]))
         if axis is not None:
             if w.ndim<=axis or w.shape[axis]%cfg.head_dim:
-                raise ValueError(f'{source}: {k} has shape {list(w.shape)}, which holds no heads of head_dim={cfg.head_dim}')
+                raise ValueError(f'{source}: {k} has shape {list(w.shape)}, '
+                    f'which holds no heads of head_dim={cfg.head_dim}')
             w = reorder(w, axis, order)
         out[k] = torch.full_like(w, NO_SINK) if k.endswith('.sinks') else w
     return out
@@ -95,7 +103,8 @@ def read_model(
 )->tuple:                    # `WhaleConfig`, native name -> tensor
     "Config and weights of a checkpoint, whoever wrote it and when"
     folder = find_folder(name, revision)
-    config,state = read_config(folder),read_weights(folder, meta)
+    config = read_config(folder)
+    state = read_weights(folder, meta)
     old = is_legacy(state)
     try: cfg = WhaleConfig.from_hf(legacy_config(config) if old else config)
     except ValueError as e: raise ValueError(f'{folder/"config.json"}: {e}') from None

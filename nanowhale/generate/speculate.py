@@ -27,12 +27,12 @@ def residual(
 
 # %% ../../nbs/3_generation/25_speculate.ipynb #0fc50f4e
 def verify(
-    p:Tensor,                        # [B,n+1,V] the model's distribution at each draft, and after the last
+    p:Tensor,                        # [B,n+1,V] the model's distribution at each draft and after them
     q:Tensor,                        # [B,n,V] what each draft was drawn from
     drafts:Tensor,                   # [B,n]
     generator:torch.Generator=None,  # source of randomness; None: torch's global one
-) -> tuple:                          # tokens [B,n+1], of which the first kept+1 count; kept [B], 0 to n
-    "Keep drafts while they pass, then draw one token: the same distribution as drawing each from `p`"
+) -> tuple:                          # tokens [B,n+1], the first kept+1 count; kept [B], 0 to n
+    "Keep drafts while they pass, then draw one: the same distribution as drawing each from `p`"
     n = drafts.shape[1]
     p_d,q_d = (x[:,:n].gather(-1, drafts[:,:,None])[:,:,0] for x in (p, q))   # of the drafts
     u = torch.rand(drafts.shape, generator=generator, device=drafts.device)
@@ -57,7 +57,7 @@ class Drafter:
         X:Tensor,          # [B,T,N,D] streams of the next T positions
         told:Tensor,       # [B,T] the token after each
         docs:Tensor=None,  # [B,T] documents, in the first call if at all
-    ) -> tuple:            # logits [B,V] of the token after the last told one; streams there [B,1,N,D]
+    ) -> tuple:            # logits [B,V] of the token after the last told; streams there [B,1,N,D]
         "Read on; predict one token"
         rows = self.cache.place(told, docs)
         rope,mask = views(self.whale.cfg, rows, self.whale.see)[SWA]
@@ -69,7 +69,7 @@ class Drafter:
 
     def propose(self,
         X:Tensor,                        # [B,T,N,D] the trunk's streams at positions not read yet
-        rows:Rows,                       # the texts so far, one token longer than what the trunk has read
+        rows:Rows,                       # the texts so far, one token longer than the trunk has read
         n:int,                           # how many
         generator:torch.Generator=None,  # source of randomness
         **rules,                         # for `warp`
@@ -107,7 +107,7 @@ def distributions(
 
 # %% ../../nbs/3_generation/25_speculate.ipynb #4e32134f
 def _round(whale, cache, drafter, rows, X, n, generator, rules):
-    "Draft n tokens, verify them in one pass: new tokens [B,used+1], how many drafts are used, next streams"
+    "Draft n tokens and verify them: new tokens [B,used+1], number of drafts used, next streams"
     T = rows.ids.shape[1]
     drafts,q = drafter.propose(X, rows, n, generator, **rules)
     docs = None if cache.length else rows.docs
@@ -132,7 +132,7 @@ def speculate(
     seed:int=None,                     # same seed, same text, though not the text of `generate`
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
     drafts:int=1,                      # tokens to guess in each round
-    on_round=None,                     # called after each pass with the numbers of drafts and of kept ones
+    on_round=None,                     # called after each pass with the number of drafts and of kept
 ) -> Tensor:                           # [B,T+n]
     "`generate`, in fewer passes of the trunk: greedily the same text, else the same distribution"
     rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)

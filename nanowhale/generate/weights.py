@@ -69,8 +69,8 @@ def read_weights(
         found = read_file(folder/shard, meta)
         gone = [k for k,s in where.items() if s==shard and k not in found]
         if gone:
-            raise ValueError(f'{folder/shard}: {gone[0]!r:.80} is not in it, though {INDEX} says so; '
-                'copy or download both again')
+            raise ValueError(f'{folder/shard}: {gone[0]!r:.80} is not in it, '
+                f'though {INDEX} says so; copy or download both again')
         tensors |= {k: t for k,t in found.items() if where.get(k, shard)==shard}
     return tensors
 
@@ -90,7 +90,7 @@ def checksum(
 def check_blobs(
     folder:str|Path,  # a snapshot in the Hub's cache
 ):
-    "Every file that links to a blob has the checksum that is the blob's name, or is named as damaged"
+    "Refuse a file that links to a blob and has not the checksum that is the blob's name"
     for f in sorted(Path(folder).iterdir()):
         blob = f.resolve()
         promised = f.is_symlink() and re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', blob.name)
@@ -119,14 +119,15 @@ def hub_says(
         return ('the Hub cannot be reached, nor is all of it in the cache: '
             'check the network and try again')
     lines = str(e).strip().splitlines()
-    return f'the download from the Hub failed ({lines[0] if lines else type(e).__name__}); try again'
+    what = lines[0] if lines else type(e).__name__
+    return f'the download from the Hub failed ({what}); try again'
 
 # %% ../../nbs/3_generation/28_weights.ipynb #79fcae13
 def find_folder(
     name:str|Path,           # a folder, or the name of a model on the Hub
     revision:str|None=None,  # branch, tag or commit on the Hub; None: main
 )->Path:
-    "The folder of that name, or else the Hub's model in the local cache, downloaded where not there"
+    "The folder of that name, or the Hub's model in the local cache, downloaded if need be"
     if Path(name).is_dir():
         if revision:
             raise ValueError(f'{name}: a folder has no revision {revision!r}; '
@@ -138,7 +139,8 @@ def find_folder(
             f'and {WEIGHTS}, or a model on the Hub as USER/NAME')
     try: folder = snapshot_download(str(name), revision=revision, allow_patterns=WANTED)
     except Exception as e:
-        raise FileNotFoundError(f'{name}: no such folder here, and {hub_says(e, revision)}') from None
+        why = hub_says(e, revision)
+        raise FileNotFoundError(f'{name}: no such folder here, and {why}') from None
     check_blobs(folder)
     return find_folder(folder)
 
@@ -151,7 +153,8 @@ def write_weights(
     "Write `model.safetensors` in one step, or shards, under names free of compiler prefixes"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k.replace('_orig_mod.', ''): v.detach().cpu().contiguous() for k,v in state_dict.items()}
+    tensors = {k.replace('_orig_mod.', ''): v.detach().cpu().contiguous()
+        for k,v in state_dict.items()}
     if max_shard_size:
         plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
         if plan.is_sharded: return write_shards(tensors, plan, folder)
@@ -176,7 +179,7 @@ def write_shards(
     return folder/INDEX
 
 # %% ../../nbs/3_generation/28_weights.ipynb #2a70c971
-RENAMES = [(re.compile(old), new) for old,new in (           # name on disk -> in the model, in order
+RENAMES = [(re.compile(old), new) for old,new in (           # name on disk -> in model
     (r'_orig_mod\.', ''),                                    # torch.compile's prefix
     (r'^(embed|layers|norm|hc_head)(?=[._])', r'model.\1'),  # DeepSeek's files have no `model.`
     (r'^model\.embed\.', 'model.embed_tokens.'), (r'^head\.', 'lm_head.'),
@@ -200,7 +203,7 @@ def native_name(
     return name
 
 # %% ../../nbs/3_generation/28_weights.ipynb #379f44ef
-EXPERT = re.compile(r'(.+\.experts)\.(\d+)\.w([123])\.weight')       # one matrix of one expert, as files name it
+EXPERT = re.compile(r'(.+\.experts)\.(\d+)\.w([123])\.weight')   # one matrix of one expert
 
 # %% ../../nbs/3_generation/28_weights.ipynb #71d11802
 def stack_experts(
@@ -222,10 +225,10 @@ def stack_experts(
 
 # %% ../../nbs/3_generation/28_weights.ipynb #0dbaa6ce
 def translate(
-    state_dict:dict,              # name -> tensor: native names, transformers' on the disk, or DeepSeek's
+    state_dict:dict,              # name -> tensor: native, transformers' on the disk, or DeepSeek's
     source:str='the checkpoint',  # the file or folder, for the error
 )->dict:
-    "The same tensors under the names of `Whale.state_dict()`; exact, and the identity on native names"
+    "The same tensors under the names of `Whale.state_dict()`; native names stay as they are"
     native,experts = {}, {}
     for name,t in state_dict.items():
         name = native_name(name)
@@ -257,7 +260,8 @@ def check_keys(
         for k in both if _real(state_dict[k])!=_real(expected[k])]
     more = f' (and {len(wrong)-1} more differences)' if len(wrong)>1 else ''
     if wrong:
-        raise ValueError(f'{source}: {wrong[0]}{more}; config.json and weights do not belong together')
+        raise ValueError(f'{source}: {wrong[0]}{more}; '
+            'config.json and weights do not belong together')
     return state_dict
 
 # %% ../../nbs/3_generation/28_weights.ipynb #f6d523ca
@@ -279,5 +283,5 @@ def check_types(
 def n_mtp(
     state_dict:dict,  # native name -> tensor
 )->int:
-    "How many MTP blocks the weights hold; this, not config.json, decides how many a loaded whale has"
+    "How many MTP blocks the weights hold, and so a loaded whale, whatever config.json says"
     return len({k.split('.')[1] for k in state_dict if k.startswith('mtp.')})
