@@ -26,12 +26,13 @@ def empty_whale(
     try:
         with torch.device('meta'): return Whale(cfg)
     except RuntimeError:     # more bytes than can be counted
-        n,f = max((getattr(cfg, f), f) for f in SIZES)
+        sizes = {f: getattr(cfg, f) for f in SIZES}
+        f = max(sizes, key=sizes.get)
         raise ValueError(f'{source}: no memory holds what config.json describes; '
-            f'its largest size is {f}={n}') from None
+            f'its largest size is {f}={sizes[f]}') from None
 
 def from_state_dict(
-    cfg:WhaleConfig,                # sizes; its number of MTP blocks gives way to what the weights hold
+    cfg:WhaleConfig,                # sizes; the weights decide how many MTP blocks there are
     state_dict:dict,                # name -> tensor; these very tensors become the parameters
     source:str='the state dict',    # where they come from, for an error
 )->Whale:
@@ -65,7 +66,7 @@ def from_transformers(
 def to_transformers(
     whale:Whale,   # any but one with `hc_transposed`
 ):
-    "transformers' `DeepseekV4ForCausalLM` with a copy of the weights, those of the MTP block left out"
+    "transformers' `DeepseekV4ForCausalLM` with a copy of the weights but those of the MTP block"
     from transformers import DeepseekV4ForCausalLM
     config = config_to_hf(whale.cfg)
     config._attn_implementation = 'eager'       # faster ones refuse odd sizes

@@ -17,7 +17,7 @@ def rope_factor(
     R:int,   # channels that rotate
     K:int,   # channels of a head
 )->float:    # a float `f` with `int(K*f) == R`
-    "R/K as a float that transformers' `int(head_dim * partial_rotary_factor)` makes exactly R again"
+    "R/K as a float that transformers' `int(head_dim * partial_rotary_factor)` makes R again"
     f = R/K
     return f if int(K*f)==R else math.nextafter(f, 1)
 
@@ -103,7 +103,7 @@ def rope_fields(
 BUILT = dict(num_key_value_heads=1, hidden_act='silu', attention_bias=False, mlp_bias=False,
     tie_word_embeddings=False, attention_dropout=0.0)   # the one value that this version builds
 
-MODEL_TYPES = ('deepseek_v4', 'nanowhale')   # the second: only our code runs it, see `hc_transposed`
+MODEL_TYPES = ('deepseek_v4', 'nanowhale')   # the second is ours alone, see `hc_transposed`
 
 # %% ../../nbs/3_generation/27_hf_config.ipynb #d85ecb8c
 def hf_fields(

@@ -50,10 +50,10 @@ def reorder(
     return w.unflatten(axis, (-1,K)).index_select(axis+1, order.to(w.device)).flatten(axis, axis+1)
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #99f15b7a
-NO_SINK = -1e30                      # e^NO_SINK beside any score is exactly 0, in float64 too; finite in bfloat16
+NO_SINK = -1e30      # e^NO_SINK beside any score is exactly 0, in float64 too; finite in bfloat16
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #aa55ba0b
-NO_CLAMP = 3e38                      # the largest numbers of float32 and bfloat16 are a little above it
+NO_CLAMP = 3e38      # the largest numbers of float32 and bfloat16 are a little above it
 
 # %% ../../nbs/3_generation/29_legacy.ipynb #f4d37b15
 IGNORED = ('auto_map', 'compress_ratios', 'layer_types', 'mlp_layer_types',
@@ -63,7 +63,7 @@ IGNORED = ('auto_map', 'compress_ratios', 'layer_types', 'mlp_layer_types',
 def legacy_config(
     config:dict,  # config.json of a first-generation nanowhale
 )->dict:          # that of a whale which computes the same
-    "The whole context as the window, no clamp for a limit of 0, the transposed mix; and no code of theirs"
+    "The whole context as the window, no clamp for a limit of 0, the transposed mix; none of their code"
     d = {k: v for k,v in config.items() if k not in IGNORED}
     rope = config.get('rope_parameters')
     if isinstance(rope, dict) and 'rope_theta' in rope:     # where newer transformers puts it
@@ -71,7 +71,8 @@ def legacy_config(
     d['max_position_embeddings'] = d.get('max_position_embeddings', 4096)
     if d.get('swiglu_limit')==0: d['swiglu_limit'] = NO_CLAMP
     if d.pop('num_hash_layers', 0):
-        reject('num_hash_layers', config['num_hash_layers'], 'the first nanowhale had no such layers')
+        reject('num_hash_layers', config['num_hash_layers'],
+            'the first nanowhale had no such layers')
     return d | dict(model_type='nanowhale', hc_transposed=True,
         sliding_window=d['max_position_embeddings'])
 
@@ -80,7 +81,7 @@ def legacy_weights(
     state_dict:dict,              # name -> tensor, of a first-generation nanowhale
     cfg:WhaleConfig,              # its sizes
     source:str='the checkpoint',  # the file or folder, for an error
-)->dict:                          # the same function under native names, to be run with `hc_transposed`
+)->dict:                          # the same function under native names, with `hc_transposed`
     "Rename, put RoPE's channels in our order, and take the sinks out"
     order = pair_order(cfg.head_dim, cfg.qk_rope_head_dim)
     named = {k.replace(MARK, '.shared_experts.'): w for k,w in state_dict.items()}

@@ -27,7 +27,7 @@ def residual(
 
 # %% ../../nbs/3_generation/25_speculate.ipynb #0fc50f4e
 def verify(
-    p:Tensor,                        # [B,n+1,V] the model's distribution at each draft and after them
+    p:Tensor,                        # [B,n+1,V] the model's distribution at each draft and after
     q:Tensor,                        # [B,n,V] what each draft was drawn from
     drafts:Tensor,                   # [B,n]
     generator:torch.Generator=None,  # source of randomness; None: torch's global one
@@ -69,7 +69,7 @@ class Drafter:
 
     def propose(self,
         X:Tensor,                        # [B,T,N,D] the trunk's streams at positions not read yet
-        rows:Rows,                       # the texts so far, one token longer than the trunk has read
+        rows:Rows,                       # the texts so far, a token longer than the trunk has read
         n:int,                           # how many
         generator:torch.Generator=None,  # source of randomness
         **rules,                         # for `warp`
@@ -132,7 +132,7 @@ def speculate(
     seed:int=None,                     # same seed, same text, though not the text of `generate`
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
     drafts:int=1,                      # tokens to guess in each round
-    on_round=None,                     # called after each pass with the number of drafts and of kept
+    on_round=None,                     # called after each pass with the numbers of drafts and kept
 ) -> Tensor:                           # [B,T+n]
     "`generate`, in fewer passes of the trunk: greedily the same text, else the same distribution"
     rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
