@@ -29,7 +29,7 @@ TEMPLATE = (
 def with_template(
     tok,   # a transformers tokenizer; changed in place
 ):  # -> the same
-    "A tokenizer that knows how conversations look: by its own template where it has one, else by ours"
+    "A tokenizer that knows how conversations look: by its own template if it has one, else by ours"
     if not tok.chat_template: tok.chat_template = TEMPLATE
     return with_marks(tok)
 
@@ -101,8 +101,8 @@ def answer_spans(
         before = opening(tok, messages, i)
         after = render(tok, messages[:i+1]).rstrip()
         if not (after.startswith(before) and whole.startswith(after)):
-            raise ValueError("the tokenizer's chat template rewrites earlier messages when later ones "
-                'come: its answers cannot be told apart')
+            raise ValueError("the tokenizer's chat template rewrites earlier messages "
+                'when later ones come: its answers cannot be told apart')
         spans.append((len(before), len(after)))
     return spans
 
@@ -176,7 +176,7 @@ def pack_chats(
     texts:list[str],   # conversations, as JSON
     context:int,       # T, targets in a row
 ) -> dict[str, Tensor]:  # input_ids, docs and labels, [rows,T+1] each; empty if there is no answer
-    "Conversations side by side in rows, each a document of its own, with only the answers as labels"
+    "Conversations side by side in rows, each a document of its own, with the answers as labels"
     size = context+1
     rows,room = [], []     # parts in each row; how much is free in which row, rising
     parts = [p for t in texts for p in parts_of(tok, parse_chat(t), size)]
@@ -262,7 +262,8 @@ class Chat:
         size = self.whale.cfg.max_position_embeddings-self.tokens
         while True:
             messages,stop = without_marks(self.tok, self.messages)
-            ids,_ = tokens_of(self.tok, render(self.tok, messages, add_generation_prompt=True), stop)
+            text = render(self.tok, messages, add_generation_prompt=True)
+            ids,_ = tokens_of(self.tok, text, stop)
             if len(ids)<=size: return ids
             later = [i for i,m in enumerate(self.messages) if m['role']=='user'][1:]
             if not later:
