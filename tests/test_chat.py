@@ -14,8 +14,9 @@ from nanowhale.model.whale import Whale
 from nanowhale.train.recipe import Recipe
 from nanowhale.train.step import n_targets
 from nanowhale.train.stream import held_out_texts
-from nanowhale.train.loop import Run, train
+from nanowhale.train.loop import Run
 from nanowhale.train.checkpoint import Stopped, read_metrics
+from nanowhale.run import train
 from runs import WORDS, provenance
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from transformers.generation import logits_process as hf_rules
 import nanowhale.generate.sample as gen
 from nanowhale.model.config import WhaleConfig
+from nanowhale.model.visibility import window_mask
 from nanowhale.train.data import train_tokenizer
 from nanowhale.generate.sample import (Rows, TextStream, docs_of, draw, generate, keep_min_p,
     keep_top_k, keep_top_p, left_pad, next_logits, penalize_repeats, scale_temperature, warp)
@@ -200,17 +201,16 @@ def test_float64_cache_is_exact():
     with exact_angles(): assert error(whale, torch.randint(0, 50, (2,40)), prefill=4)<1e-10
 
 def test_bug_wrong_position_shows(monkeypatch):
-    import nanowhale.model.whale as model
-    whale,ids,real = a_whale(),torch.randint(0, 50, (2,30)),model.rope_cos_sin
+    import nanowhale.model.visibility as visibility
+    whale,ids,real = a_whale(),torch.randint(0, 50, (2,30)),visibility.rope_cos_sin
     assert error(whale, ids)<1e-5
-    monkeypatch.setattr(model, 'rope_cos_sin', lambda pos, *a: real(pos-pos[0], *a))   # each pass counts from 0
+    monkeypatch.setattr(visibility, 'rope_cos_sin', lambda pos, *a: real(pos-pos[0], *a))   # each pass counts from 0
     assert error(whale, ids)>1e-2
 
-def test_bug_window_off_by_one_shows(monkeypatch):
-    import nanowhale.model.whale as model
-    whale,ids,real = a_whale(),torch.randint(0, 50, (2,30)),model.window_mask
-    def narrow(q_pos, k_pos, W, *docs): return real(q_pos, k_pos, W-(len(q_pos)==1), *docs)
-    monkeypatch.setattr(model, 'window_mask', narrow)   # a step sees one key less than the full pass
+def test_bug_window_off_by_one_shows():
+    whale,ids = a_whale(),torch.randint(0, 50, (2,30))
+    def narrow(q_pos, k_pos, W, *docs): return window_mask(q_pos, k_pos, W-(len(q_pos)==1), *docs)
+    whale.see = narrow   # a step sees one key less than the full pass
     assert error(whale, ids)>1e-2
 
 def test_bug_last_token_only_shows():

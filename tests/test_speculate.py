@@ -13,11 +13,11 @@ from unittest.mock import patch
 import pytest, torch
 from torch.testing import assert_close
 import nanowhale.generate.speculate as spec
-from nanowhale.model.config import WhaleConfig
+from nanowhale.model.config import SWA, WhaleConfig
+from nanowhale.model.visibility import views, whole_rows
+from nanowhale.model.whale import Whale
+from nanowhale.generate.cache import Cache, KVCache
 from nanowhale.generate.sample import Rows, draw, generate, left_pad, warp
-from nanowhale.generate.cache import KVCache
-from nanowhale.generate.cache import Cache
-from nanowhale.model.whale import Whale, geometry
 from nanowhale.generate.speculate import Drafter, distributions, residual, speculate, verify
 
 V,PERIOD = 12,[2, 3, 4, 5, 3, 6, 7, 2, 8, 9, 4, 10, 11]   # the next token needs the one before it; some need more
@@ -42,6 +42,10 @@ def trained():
         out = whale(ids, labels=ids)
         (out.loss+out.mtp_loss).backward(); opt.step(); opt.zero_grad()
     return whale
+
+def trunk_view(whale, ids, docs=None):
+    "Rotation and mask of plain attention over whole rows"
+    return views(whale.cfg, whole_rows(whale.cfg, ids, docs))[SWA]
 
 def with_window(whale, W, **kw): return Whale.from_state_dict(replace(whale.cfg, sliding_window=W, **kw), whale.state_dict())
 
@@ -147,7 +151,7 @@ def test_drafts_are_those_of_the_uncached_block(trained):
             Y,told = X[:,:t],ids[:,1:t+1]
             for i in range(n):   # all from the start, growing by the drafts; stand-in streams at their end
                 d = torch.cat([docs[:,:t], docs[:,-1:].expand(2, i)], 1)
-                Z,_ = block.streams(Y, whale.model.embed_tokens(told), *geometry(whale.cfg, told, d))
+                Z,_ = block.streams(Y, whale.model.embed_tokens(told), *trunk_view(whale, told, d))
                 want = whale.lm_head(block.norm(block.hc_head(Z[:,-1:])))[:,0]
                 assert_close(q[:,i], (want/1.3).softmax(-1), atol=1e-5, rtol=1e-4)
                 Y,told = torch.cat([Y, Z[:,-1:]], 1),torch.cat([told, guess[:,i:i+1]], 1)
@@ -160,7 +164,7 @@ def test_first_draft_is_what_training_teaches(trained):
     from nanowhale.model.mtp import next_embeddings
     ids = torch.tensor([pattern(random.Random(3), 15)])
     out,block = trained(ids),trained.mtp[0]
-    h,_ = block(out.streams, next_embeddings(trained.model.embed_tokens(ids)), *geometry(trained.cfg, ids))
+    h,_ = block(out.streams, next_embeddings(trained.model.embed_tokens(ids)), *trunk_view(trained, ids))
     logits,_ = Drafter(trained, 1).logits(out.streams[:,:-1], ids[:,1:])
     assert_close(logits, trained.lm_head(h)[:,-2], atol=1e-5, rtol=1e-5)
 

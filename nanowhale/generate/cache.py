@@ -13,15 +13,15 @@ from ..model.visibility import NEVER, Rows, document_starts
 
 # %% ../../nbs/3_generation/23_cache.ipynb #ea3d9caf
 class KVCache:
-    "A ring of keys = values of one layer: position p lies in slot p modulo the size, and nothing ever moves"
+    "A ring of keys = values of one layer: position p lies in slot p modulo the size"
     def __init__(self,
         window:int,     # W, tokens that a query sees, itself among them
-        spare:int=0):   # slots beyond the window; passes of 1+spare tokens fit in, and can be taken back
+        spare:int=0):   # slots beyond the window; 1+spare tokens fit in, and can be taken back
         self.window = window
-        self.room = 1+spare
+        self.room = 1+spare        # tokens of a pass that is written in place
         self.size = window+spare
-        self.length = 0    # tokens read
-        self.floor = 0     # how many of them can no longer be taken back
+        self.length = 0            # tokens read
+        self.floor = 0             # how many of them can no longer be taken back
         self.kv = None
 
     def positions(self,
@@ -38,10 +38,13 @@ class KVCache:
     ) -> Tensor:      # [B,S,K] entries at `positions(T)`
         "Write `kv` into the ring, and return all that the new queries may need"
         B,T,K = kv.shape
-        end,new = self.length+T, kv[:,-self.size:]
+        end = self.length+T
+        last = kv[:,-self.size:]                      # all that the ring has slots for
         if self.kv is None: self.kv = kv.new_empty(B, self.size, K)
-        if T>self.room: kv = torch.cat([self.kv[:, self.positions(T, kv.device)[:-T] % self.size], kv], 1)
-        self.kv[:, torch.arange(end-new.shape[1], end, device=kv.device) % self.size] = new
+        if T>self.room:
+            earlier = self.positions(T, kv.device)[:-T]
+            kv = torch.cat([self.kv[:, earlier % self.size], kv], 1)
+        self.kv[:, torch.arange(end-last.shape[1], end, device=kv.device) % self.size] = last
         self.length = end
         self.floor = max(self.floor, end-self.room)
         return kv if T>self.room else self.kv[:,:end]
@@ -50,32 +53,42 @@ class KVCache:
         n:int):  # tokens, no more than 1+spare since the furthest one
         "Forget the last n tokens, as if they had never been read"
         most = self.length-self.floor
-        if not 0<=n<=most: raise ValueError(f'cache: cannot take back {n} tokens, at most {most}; give it more spare slots')
+        if not 0<=n<=most:
+            raise ValueError(f'cache: cannot take back {n} tokens, at most {most}; '
+                'give it more spare slots')
         self.length -= n
 
 # %% ../../nbs/3_generation/23_cache.ipynb #ffd7e5e7
 class Memory:
-    "What one compressor keeps while generating: its entries, and the tokens of which the next ones will be made"
+    "What one compressor keeps: its entries, and the tokens of which the next ones will be made"
     def __init__(self,
         slots:int,   # tokens that an entry is pooled from
         spare:int):  # how many tokens can be taken back, less one; see `KVCache`
         self.keep = slots+spare
         self.length = 0
         self.tail = self.entries = None
-    def extend(self, x):
-        "Kept rows and new ones [B,S,W], and the position of the first"
+
+    def extend(self,
+        x:Tensor,    # [B,T,W] rows of new tokens
+    ) -> tuple:      # kept rows and new ones [B,S,W], and the position of the first
+        "Take new rows in; keep the last of them"
         new = x.shape[1]
         if self.tail is not None: x = torch.cat([self.tail, x], 1)
         self.length += new
         self.tail = x[:,-self.keep:]
         return x, self.length-x.shape[1]
-    def add(self, entries):
-        "All entries so far [B,C,W]"
+
+    def add(self,
+        entries:Tensor,  # [B,C',W] those just made
+    ) -> Tensor:         # [B,C,W] all so far
+        "Put new entries behind the others"
         self.entries = entries if self.entries is None else torch.cat([self.entries, entries], 1)
         return self.entries
+
     def rewind(self,
         n:int,     # tokens to forget
         left:int): # entries that stay
+        "Forget the last n tokens, and the entries that they finished"
         if not n: return
         self.length -= n
         self.tail = self.tail[:,:-n]
@@ -89,37 +102,49 @@ class CompressedCache(KVCache):
         kind:str,     # of compressed attention
         spare:int=0): # see `KVCache`
         super().__init__(cfg.sliding_window, spare)
-        n = 1+(kind==CSA)   # compressors, and blocks that an entry is pooled from
-        self.far = [Memory(cfg.rates[kind]*n, spare) for _ in range(n)]   # of entries, and of the indexer's
-    def rewind(self, n, left):
-        "Forget the last n tokens; `left` entries stay"
+        n = 1+(kind==CSA)   # compressors (CSA's second is its indexer's), and blocks in an entry
+        self.far = [Memory(cfg.rates[kind]*n, spare) for _ in range(n)]
+
+    def rewind(self,
+        n:int,     # tokens to forget
+        left:int): # entries that stay
+        "Forget the last n tokens"
         super().rewind(n)
         for memory in self.far: memory.rewind(n, left)
 
 # %% ../../nbs/3_generation/23_cache.ipynb #8db1128b
 class Cache:
-    "What generation keeps: a ring of keys = values for each layer, one for their documents if rows have any, and where entries lie"
+    "What generation keeps: a ring a layer, one for documents if there are any, where entries lie"
     def __init__(self,
         cfg,              # a `WhaleConfig`
         spare:int=0,      # slots beyond the window; see `KVCache`
         layers:int=None): # how many plain ones; None: those of the trunk
         self.kinds = [SWA]*layers if layers else [kind for kind,_ in cfg.kinds]
-        self.layers = [KVCache(cfg.sliding_window, spare) if kind==SWA else CompressedCache(cfg, kind, spare) for kind in self.kinds]
-        self.docs,self.spare = None, spare
-        self.entries = {kind: None for kind in self.kinds if kind!=SWA}   # ends and documents [B or 1,C]
+        def ring(kind):
+            if kind==SWA: return KVCache(cfg.sliding_window, spare)
+            return CompressedCache(cfg, kind, spare)
+        self.layers = [ring(kind) for kind in self.kinds]
+        self.docs = None
+        self.spare = spare
+        # kind of compressed attention -> ends and documents [B or 1,C] of its entries
+        self.entries = {kind: None for kind in self.kinds if kind!=SWA}
 
     @property
     def length(self): return self.layers[0].length   # tokens read
 
-    def documents(self, ids, docs):
-        "Documents of new tokens, where each began, and documents of all keys; None each where rows have none"
+    def documents(self,
+        ids:Tensor,        # [B,T] new tokens
+        docs:Tensor|None,  # [B,T] their documents; None: they continue each row's last one
+    ) -> tuple:            # documents [B,T], where each began [B,T], documents of all keys [B,S]
+        "Documents of new tokens and of the keys that they may see; None each if rows have none"
         ring,last = self.layers[0], None
         if not self.length: self.docs = None if docs is None else KVCache(ring.window, self.spare)
         elif docs is not None and self.docs is None:
-            raise ValueError('docs: this cache began without documents; pass them from the first call on')
+            raise ValueError('docs: this cache began without documents; '
+                'pass them from the first call on')
         elif self.docs:
             last = self.docs.kv[:,(self.length-1)%ring.size].unbind(-1)
-            if docs is None: docs = last[0][:,None].expand_as(ids)    # they continue each row's last one
+            if docs is None: docs = last[0][:,None].expand_as(ids)
         if not self.docs: return None, None, None
         starts = document_starts(docs, self.length, last)
         return docs, starts, self.docs.extend(torch.stack([docs, starts], -1))[:,:,0]
@@ -131,7 +156,8 @@ class Cache:
         "Where new tokens stand, and the keys that they may see in the order of the rings"
         ring,T = self.layers[0], ids.shape[1]
         if self.length and len(ring.kv)!=len(ids):
-            raise ValueError(f'cache: it holds {len(ring.kv)} rows, input_ids has {len(ids)}; begin a new one')
+            raise ValueError(f'cache: it holds {len(ring.kv)} rows, input_ids has {len(ids)}; '
+                'begin a new one')
         pos = torch.arange(self.length, self.length+T, device=ids.device)
         k_pos = ring.positions(T, ids.device) if self.length else pos
         docs,starts,k_docs = self.documents(ids, docs)
@@ -139,8 +165,9 @@ class Cache:
         entries = {kind: before or none for kind,before in self.entries.items()}
         return Rows(pos, k_pos, docs, k_docs, starts, entries)
 
-    def keep(self, seen):
-        "Note where all entries lie after a pass; `seen` from `views`"
+    def keep(self,
+        seen:dict):  # from `views`, after the pass
+        "Note where all entries lie"
         for kind in self.entries: self.entries[kind] = seen[kind][1].entries
 
     def rewind(self,
@@ -150,7 +177,7 @@ class Cache:
         for kind,(ends,docs) in self.entries.items():
             ends = ends.masked_fill(ends>=self.length-n, NEVER)
             left[kind] = int((ends<NEVER).any(0).sum())
-            self.entries[kind] = ends[:,:left[kind]],docs[:,:left[kind]]
+            self.entries[kind] = ends[:,:left[kind]], docs[:,:left[kind]]
         for kind,ring in zip(self.kinds, self.layers):
             if kind==SWA: ring.rewind(n)
             else: ring.rewind(n, left[kind])

@@ -5,28 +5,31 @@
 # %% auto #0
 __all__ = ['ROLES', 'TEMPLATE', 'SIGN', 'HELP', 'with_template', 'check_messages', 'parse_chat', 'render', 'opening',
            'answer_spans', 'without_marks', 'tokens_of', 'encode_chat', 'parts_of', 'pack_chats', 'HeldOutChats',
-           'for_answers', 'ChatRun', 'Chat', 'talk']
+           'for_answers', 'ChatRun', 'Chat', 'obey', 'talk']
 
 # %% ../../nbs/3_generation/26_chat.ipynb #ac841a74
 import json
 from bisect import bisect_left, insort
+from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
 from ..train.data import apart, first_line, marks, with_marks
-from .sample import TextStream, generate
 from ..train.loop import HeldOut, Run
+from .sample import TextStream, generate
 
 # %% ../../nbs/3_generation/26_chat.ipynb #02c7efa3
 ROLES = ('system', 'user', 'assistant')
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + '\n' + m['content'] | trim + eos_token }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for m in messages %}{{ m['role'] + '\n' + m['content'] | trim + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
 
 # %% ../../nbs/3_generation/26_chat.ipynb #98d16273
 def with_template(
     tok,   # a transformers tokenizer; changed in place
 ):  # -> the same
-    "A tokenizer that knows how conversations look: by its own template where it has one, else by ours"
+    "A tokenizer that knows how conversations look: by its own template if it has one, else by ours"
     if not tok.chat_template: tok.chat_template = TEMPLATE
     return with_marks(tok)
 
@@ -35,12 +38,17 @@ def check_messages(
     messages,   # what should be a conversation
 ) -> list[dict]:  # with role and content alone
     "The messages of a conversation, or an error that says what is wrong with it"
-    def bad(what): return ValueError(f'{what}, in the conversation that begins {json.dumps(messages, ensure_ascii=False)[:80]}')
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages): raise bad('messages must be a list of objects')
+    def bad(what):
+        shown = json.dumps(messages, ensure_ascii=False)[:80]
+        return ValueError(f'{what}, in the conversation that begins {shown}')
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise bad('messages must be a list of objects')
     if not messages: raise bad('there is no message')
     for m in messages:
-        if m.get('role') not in ROLES: raise bad(f'unknown role {m.get("role")!r:.40} (use {", ".join(ROLES)})')
-        if not isinstance(m.get('content'), str) or not m['content'].strip(): raise bad(f'a message of the {m["role"]} has no text in "content"')
+        role,content = m.get('role'), m.get('content')
+        if role not in ROLES: raise bad(f'unknown role {role!r:.40} (use {", ".join(ROLES)})')
+        if not isinstance(content, str) or not content.strip():
+            raise bad(f'a message of the {role} has no text in "content"')
     return [dict(role=m['role'], content=m['content']) for m in messages]
 
 # %% ../../nbs/3_generation/26_chat.ipynb #44760aaf
@@ -50,16 +58,23 @@ def parse_chat(
     "The conversation that a text stands for"
     try: return check_messages(json.loads(text))
     except (json.JSONDecodeError, RecursionError):
-        raise ValueError(f'not a conversation, but text: {text[:60]!r}; chat data needs rows with "messages"') from None
+        raise ValueError(f'not a conversation, but text: {text[:60]!r}; '
+            'chat data needs rows with "messages"') from None
 
 # %% ../../nbs/3_generation/26_chat.ipynb #9ed26e65
-def render(tok, messages, **kw):
+def render(
+    tok,                   # a tokenizer with a template
+    messages:list[dict],   # a conversation
+    **kw,                  # for `apply_chat_template`
+) -> str:
     "The text of a conversation by the tokenizer's template"
     try:
         text = tok.apply_chat_template(messages, tokenize=False, **kw)
         text.encode()   # half a character is no text
         return text
-    except Exception as e: raise ValueError(f"the tokenizer's chat template does not take this conversation ({first_line(e)})") from None
+    except Exception as e:
+        raise ValueError("the tokenizer's chat template does not take this conversation "
+            f'({first_line(e)})') from None
 
 # %% ../../nbs/3_generation/26_chat.ipynb #5a8feba4
 SIGN = '\ue000'   # a character for private use, which no template writes by itself
@@ -77,14 +92,17 @@ def opening(
 def answer_spans(
     tok,                   # a tokenizer with a template
     messages:list[dict],   # a conversation
-) -> list[tuple[int, int]]:  # first character and the one after the last of each answer, in the rendered text
+) -> list[tuple[int, int]]:  # of each answer: its first character, and the one after its last
     "Where the assistant speaks, end mark included"
-    spans,whole = [],render(tok, messages)
+    spans = []
+    whole = render(tok, messages)
     for i,m in enumerate(messages):
         if m['role']!='assistant': continue
-        before,after = opening(tok, messages, i),render(tok, messages[:i+1]).rstrip()
+        before = opening(tok, messages, i)
+        after = render(tok, messages[:i+1]).rstrip()
         if not (after.startswith(before) and whole.startswith(after)):
-            raise ValueError("the tokenizer's chat template rewrites earlier messages when later ones come: its answers cannot be told apart")
+            raise ValueError("the tokenizer's chat template rewrites earlier messages "
+                'when later ones come: its answers cannot be told apart')
         spans.append((len(before), len(after)))
     return spans
 
@@ -92,12 +110,16 @@ def answer_spans(
 def without_marks(
     tok,                   # a tokenizer
     messages:list[dict],   # a conversation
-) -> tuple[list[dict], str]:  # the same with a stop inside each mark that a message spells; and that stop
+) -> tuple[list[dict], str]:  # the same with a stop inside each mark that one spells; that stop
     "Messages that spell no mark"
-    said,taken = [m['content'] for m in messages],marks(tok)
+    said = [m['content'] for m in messages]
     try: ''.join(said).encode()
-    except UnicodeEncodeError: raise ValueError('a message of this conversation holds half a character, which is no text') from None
-    stop = next(c for c in map(chr, range(0xe000, 0xf900)) if not any(c in s for s in said))   # for private use
+    except UnicodeEncodeError:
+        raise ValueError('a message of this conversation holds half a character, '
+            'which is no text') from None
+    private = map(chr, range(0xe000, 0xf900))       # characters for private use
+    stop = next(c for c in private if not any(c in s for s in said))
+    taken = marks(tok)
     ids = tok(said, add_special_tokens=False, verbose=False).input_ids
     said = [s if taken.isdisjoint(i) else stop.join(apart(tok, s)) for s,i in zip(said, ids)]
     return [dict(m, content=s) for m,s in zip(messages, said)], stop
@@ -108,7 +130,8 @@ def tokens_of(
     stop:str,   # where to cut it; see `without_marks`
 ) -> tuple[list[int], list[tuple[int, int]]]:  # token ids, and which characters each came from
     "The tokens of a rendered conversation, in which only the template has written marks"
-    ids,spans,at = [],[],0
+    ids,spans = [], []
+    at = 0
     for part in text.split(stop):
         out = tok(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids += out.input_ids
@@ -120,12 +143,13 @@ def tokens_of(
 def encode_chat(
     tok,                   # a tokenizer with a template
     messages:list[dict],   # a conversation
-) -> tuple[list[int], list[int]]:  # token ids, and labels: the same where the assistant speaks, else -100
+) -> tuple[list[int], list[int]]:  # ids, and labels: the same where the assistant speaks, else -100
     "A conversation as tokens, and which of them are targets"
     messages,stop = without_marks(tok, messages)
     ids,places = tokens_of(tok, render(tok, messages), stop)
-    spans = iter(answer_spans(tok, messages)+[(float('inf'),)*2])
-    labels,(start,end) = [],next(spans)
+    spans = iter(answer_spans(tok, messages)+[(float('inf'),)*2])    # the last one never comes
+    start,end = next(spans)
+    labels = []
     for i,(a,b) in zip(ids, places):
         while a>=end: start,end = next(spans)
         labels.append(i if a>=start and b<=end else -100)
@@ -151,21 +175,24 @@ def pack_chats(
     tok,               # a tokenizer with a template
     texts:list[str],   # conversations, as JSON
     context:int,       # T, targets in a row
-) -> dict[str, Tensor]:  # input_ids, docs and labels, [rows,T+1] each; empty where nothing is to be learned
-    "Conversations side by side in rows, each a document of its own, with only the answers as labels"
-    size,rows,room = context+1,[],[]
+) -> dict[str, Tensor]:  # input_ids, docs and labels, [rows,T+1] each; empty if there is no answer
+    "Conversations side by side in rows, each a document of its own, with the answers as labels"
+    size = context+1
+    rows,room = [], []     # parts in each row; how much is free in which row, rising
     parts = [p for t in texts for p in parts_of(tok, parse_chat(t), size)]
-    for part in sorted(parts, key=lambda p: -len(p[0])):
-        i = bisect_left(room, (len(part[0]), -1))
+    for part in sorted(parts, key=lambda p: -len(p[0])):      # into the fullest row that has room
+        n = len(part[0])
+        i = bisect_left(room, (n, -1))
         left,row = room.pop(i) if i<len(room) else (size, len(rows))
         if row==len(rows): rows.append([])
-        rows[row].append(part); insort(room, (left-len(part[0]), row))
+        rows[row].append(part)
+        insort(room, (left-n, row))
     if not rows: return {}
-    fill = lambda x, v: x+[v]*(size-len(x))
-    join = lambda j: [[t for p in row for t in p[j]] for row in rows]
+    def table(columns, fill): return torch.tensor([x+[fill]*(size-len(x)) for x in columns])
+    ids,labels = ([[t for p in row for t in p[j]] for row in rows] for j in (0, 1))
     docs = [[i for i,p in enumerate(row) for _ in p[0]] for row in rows]
-    table = dict(input_ids=(join(0), tok.pad_token_id), docs=(docs, -1), labels=(join(1), -100))
-    return {k: torch.tensor([fill(x, v) for x in xs]) for k,(xs,v) in table.items()}
+    return dict(input_ids=table(ids, tok.pad_token_id), docs=table(docs, -1),
+        labels=table(labels, -100))
 
 # %% ../../nbs/3_generation/26_chat.ipynb #666fa490
 class HeldOutChats(HeldOut):
@@ -174,9 +201,13 @@ class HeldOutChats(HeldOut):
     def __init__(self, texts, tok, recipe, vocab_size):
         self.chats = [parse_chat(t) for t in texts]
         super().__init__(texts, tok, recipe, vocab_size)
-        if not self.rows: raise ValueError(f'{recipe.source}: no held-out conversation has an answer that fits into {recipe.context} tokens')
+        if not self.rows:
+            raise ValueError(f'{recipe.source}: no held-out conversation has an answer '
+                f'that fits into {recipe.context} tokens')
 
-    def targets(self): return [m['content'].strip() for c in self.chats for m in c if m['role']=='assistant']
+    def targets(self):
+        "What the assistant says in them"
+        return [m['content'].strip() for c in self.chats for m in c if m['role']=='assistant']
 
     def sample(self,
         whale,                # the model
@@ -184,11 +215,11 @@ class HeldOutChats(HeldOut):
         temperature:float=0,  # 0: the likeliest answer
     ) -> str:
         "What the whale answers to the first messages of held-out conversations"
-        said = []
-        for c in [c for c in self.chats if c[0]['role']=='user'][:n]:
-            talk = Chat(whale, self.tok, tokens=60, temperature=temperature, seed=0)
-            said.append(f'{c[0]["content"].strip()} -> {talk.answer(c[0]["content"], lambda s: None).strip()}')
-        return '\n'.join(said)
+        first = [c[0]['content'] for c in self.chats if c[0]['role']=='user'][:n]
+        def answer(text):
+            chat = Chat(whale, self.tok, tokens=60, temperature=temperature, seed=0)
+            return chat.answer(text, write=len)      # into nowhere
+        return '\n'.join(f'{text.strip()} -> {answer(text).strip()}' for text in first)
 
 # %% ../../nbs/3_generation/26_chat.ipynb #d20b4e14
 def for_answers(
@@ -217,7 +248,10 @@ class Chat:
         system:str=None,  # what the whale is told before everything
         **rules,          # how to choose tokens, see `generate`
     ):
-        self.whale,self.tok,self.tokens,self.rules = whale,with_template(tok),tokens,rules
+        self.whale = whale
+        self.tok = with_template(tok)
+        self.tokens = tokens
+        self.rules = rules
         self.first = [dict(role='system', content=system)] if system else []
         self.reset()
 
@@ -228,38 +262,68 @@ class Chat:
         size = self.whale.cfg.max_position_embeddings-self.tokens
         while True:
             messages,stop = without_marks(self.tok, self.messages)
-            ids,_ = tokens_of(self.tok, render(self.tok, messages, add_generation_prompt=True), stop)
+            text = render(self.tok, messages, add_generation_prompt=True)
+            ids,_ = tokens_of(self.tok, text, stop)
             if len(ids)<=size: return ids
             later = [i for i,m in enumerate(self.messages) if m['role']=='user'][1:]
             if not later:
-                raise ValueError(f'this message is too long: it needs {len(ids)} tokens, and beside {self.tokens} for the answer {max(0, size)} are left')
+                raise ValueError(f'this message is too long: it needs {len(ids)} tokens, '
+                    f'and beside {self.tokens} for the answer {max(0, size)} are left')
             self.messages = self.first+self.messages[later[0]:]
 
     def answer(self,
         text:str,     # what the user says
         write=None,   # called with each new piece of the answer; None: print it
-    ) -> str:         # the answer, as far as it came; '' if it never began, and then nothing was said
+    ) -> str:         # the answer as far as it came; '': it never began, and nothing was said
         "Let the whale answer; Ctrl-C ends the answer"
-        before,said = self.messages,[]
-        def show(s): said.append(s); write(s) if write else print(s, end='', flush=True)
+        write = write or partial(print, end='', flush=True)
+        said = []
+        def show(s):
+            said.append(s)
+            write(s)
+        before = self.messages
         self.messages = [*before, dict(role='user', content=text)]
         try: ids = torch.tensor([self.prompt()], device=self.whale.lm_head.weight.device)
-        except ValueError: self.messages = before; raise
+        except ValueError:
+            self.messages = before
+            raise
         try:
-            with TextStream(self.tok, show) as stream: generate(self.whale, ids, self.tokens, on_token=stream, **self.rules)
+            with TextStream(self.tok, show) as stream:
+                generate(self.whale, ids, self.tokens, on_token=stream, **self.rules)
         except KeyboardInterrupt: pass
         answer = ''.join(said)
-        self.messages = [*self.messages, dict(role='assistant', content=answer)] if answer.strip() else before
+        if answer.strip(): self.messages = [*self.messages, dict(role='assistant', content=answer)]
+        else: self.messages = before
         return answer
 
     def save(self,
         path:str,   # a file; the conversation becomes its last line
     ):
         "Write the conversation as a line of JSON, as training reads them"
-        with Path(path).open('a', encoding='utf-8') as f: f.write(json.dumps(dict(messages=self.messages), ensure_ascii=False)+'\n')
+        line = json.dumps(dict(messages=self.messages), ensure_ascii=False)
+        with Path(path).open('a', encoding='utf-8') as f: f.write(line+'\n')
 
 # %% ../../nbs/3_generation/26_chat.ipynb #2f4a5808
-HELP = '/reset  forget what was said\n/save FILE  add the conversation to a jsonl file\n/help  this list\n/quit  end (or Ctrl-D); Ctrl-C stops an answer'
+HELP = """/reset  forget what was said
+/save FILE  add the conversation to a jsonl file
+/help  this list
+/quit  end (or Ctrl-D); Ctrl-C stops an answer"""
+
+def obey(
+    chat:Chat,   # a conversation
+    line:str,    # what begins with a slash
+) -> str:        # what to tell the person
+    "Do what a command says"
+    word,_,rest = line.partition(' ')
+    path = rest.strip()
+    if word=='/help': return HELP
+    if word=='/reset':
+        chat.reset()
+        return '(forgotten)'
+    if word!='/save': return f'(there is no {word}; /help lists what there is)'
+    if not path: return '(save where? /save FILE)'
+    chat.save(path)
+    return f'(saved in {path})'
 
 def talk(
     chat:Chat,     # a conversation
@@ -271,15 +335,12 @@ def talk(
     while True:
         try: line = ask('> ').strip()
         except EOFError: return
-        except KeyboardInterrupt: say('\n(/quit or Ctrl-D ends)'); continue
-        word,_,rest = line.partition(' ')
+        except KeyboardInterrupt:
+            say('\n(/quit or Ctrl-D ends)')
+            continue
+        if not line: continue
+        if line.split(' ')[0]=='/quit': return
         try:
-            if not line: continue
-            elif word=='/quit': return
-            elif word=='/reset': chat.reset(); say('(forgotten)')
-            elif word=='/help': say(HELP)
-            elif word=='/save' and not rest: say('(save where? /save FILE)')
-            elif word=='/save': chat.save(rest.strip()); say(f'(saved in {rest.strip()})')
-            elif word.startswith('/'): say(f'(there is no {word}; /help lists what there is)')
+            if line.startswith('/'): say(obey(chat, line))
             else: say('' if chat.answer(line, write) else '(no answer)')
         except (ValueError, OSError) as e: say(f'({first_line(e)})')

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from ..model.config import SIZES, WhaleConfig
 from ..model.whale import Whale
+from ..train.files import atomic
 from .hf_config import config_from_hf, config_to_dict, config_to_hf
-from .weights import atomic, check_keys, find_folder, n_mtp, translate, write_weights
+from .weights import check_keys, find_folder, n_mtp, translate, write_weights
 from .legacy import read_model
 
 # %% ../../nbs/3_generation/30_folder.ipynb #b1420343
@@ -25,11 +26,13 @@ def empty_whale(
     try:
         with torch.device('meta'): return Whale(cfg)
     except RuntimeError:     # more bytes than can be counted
-        f = max(SIZES, key=lambda f: getattr(cfg, f))
-        raise ValueError(f'{source}: no memory holds what config.json describes; its largest size is {f}={getattr(cfg, f)}') from None
+        sizes = {f: getattr(cfg, f) for f in SIZES}
+        f = max(sizes, key=sizes.get)
+        raise ValueError(f'{source}: no memory holds what config.json describes; '
+            f'its largest size is {f}={sizes[f]}') from None
 
 def from_state_dict(
-    cfg:WhaleConfig,                # sizes; its number of MTP blocks gives way to what the weights hold
+    cfg:WhaleConfig,                # sizes; the weights decide how many MTP blocks there are
     state_dict:dict,                # name -> tensor; these very tensors become the parameters
     source:str='the state dict',    # where they come from, for an error
 )->Whale:
@@ -37,14 +40,19 @@ def from_state_dict(
     state_dict = translate(state_dict, source)
     layers = len({k.split('.')[2] for k in state_dict if k.startswith('model.layers.')})
     mtp = n_mtp(state_dict)
-    if mtp>1: raise ValueError(f'{source}: the weights hold {mtp} MTP blocks; only num_nextn_predict_layers=1 or 0 can be built')
+    if mtp>1:
+        raise ValueError(f'{source}: the weights hold {mtp} MTP blocks; '
+            'only num_nextn_predict_layers=1 or 0 can be built')
     if layers!=cfg.num_hidden_layers:
-        raise ValueError(f'{source}: config.json says num_hidden_layers={cfg.num_hidden_layers}, the weights hold {layers}')
+        raise ValueError(f'{source}: config.json says num_hidden_layers={cfg.num_hidden_layers}, '
+            f'the weights hold {layers}')
     whale = empty_whale(replace(cfg, num_nextn_predict_layers=mtp), source)
     check_keys(state_dict, whale.state_dict(), source)
+    last = cfg.n_routed_experts-1
     for k,t in state_dict.items():
-        if k.endswith('tid2eid') and not t.is_meta and not 0<=t.min()<=t.max()<cfg.n_routed_experts:
-            raise ValueError(f'{source}: {k} names experts outside 0 to n_routed_experts-1={cfg.n_routed_experts-1}; do not trust this folder')
+        if k.endswith('tid2eid') and not t.is_meta and not 0<=t.min()<=t.max()<=last:
+            raise ValueError(f'{source}: {k} names experts outside 0 to n_routed_experts-1={last}; '
+                'do not trust this folder')
     whale.load_state_dict(state_dict, assign=True)
     return whale
 
@@ -58,22 +66,24 @@ def from_transformers(
 def to_transformers(
     whale:Whale,   # any but one with `hc_transposed`
 ):
-    "transformers' `DeepseekV4ForCausalLM` with a copy of the weights, those of the MTP block left out"
+    "transformers' `DeepseekV4ForCausalLM` with a copy of the weights but those of the MTP block"
     from transformers import DeepseekV4ForCausalLM
     config = config_to_hf(whale.cfg)
-    config._attn_implementation = config._experts_implementation = 'eager'   # faster ones refuse odd sizes
+    config._attn_implementation = 'eager'       # faster ones refuse odd sizes
+    config._experts_implementation = 'eager'
     hf = DeepseekV4ForCausalLM(config).to(whale.lm_head.weight)
-    copies = {k: v.detach().clone() for k,v in translate(whale.state_dict()).items() if not k.startswith('mtp.')}
+    copies = {k: v.detach().clone() for k,v in translate(whale.state_dict()).items()
+        if not k.startswith('mtp.')}
     hf.load_state_dict(copies, assign=True)
     return hf.train(whale.training)
 
 def load_whale(
-    name:str|Path,            # a checkpoint folder, written by us, by transformers or by the first nanowhale; or a name on the Hub
+    name:str|Path,            # a checkpoint folder, whoever wrote it, or a name on the Hub
     revision:str|None=None,   # branch, tag or commit on the Hub; None: main
 )->Whale:
     "A whale from a checkpoint folder or from the Hub"
     folder = find_folder(name, revision)
-    for meta in (True, False):     # the shapes first: nothing is allocated for a folder that does not fit together
+    for meta in (True, False):     # shapes first: no memory for a folder that does not fit together
         whale = from_state_dict(*read_model(folder, meta=meta), str(folder))
     return whale
 
@@ -86,8 +96,9 @@ def save_whale(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(whale.lm_head.weight.dtype).removeprefix('torch.')
-    kind = ('nanowhale','Whale') if whale.cfg.hc_transposed else ('deepseek_v4','DeepseekV4ForCausalLM')
-    config = config_to_dict(whale.cfg) | dict(model_type=kind[0], architectures=[kind[1]], dtype=dtype)
+    kind,name = 'deepseek_v4', 'DeepseekV4ForCausalLM'
+    if whale.cfg.hc_transposed: kind,name = 'nanowhale', 'Whale'     # no other program can run it
+    config = config_to_dict(whale.cfg) | dict(model_type=kind, architectures=[name], dtype=dtype)
     with atomic(folder/'config.json') as tmp:
         tmp.write_text(json.dumps(config, indent=2)+'\n', encoding='utf-8')
         write_weights(whale.state_dict(), folder, max_shard_size)

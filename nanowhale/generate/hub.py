@@ -6,19 +6,19 @@
 __all__ = ['TYPES', 'card', 'write_export', 'upload', 'check_size', 'export']
 
 # %% ../../nbs/3_generation/31_hub.ipynb #6bf225e5
-import tempfile, torch
+import tempfile
 from pathlib import Path
+import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
-from ..train.checkpoint import generation_config, take_marks
-from ..train.files import write_json
-from ..train.data import first_line, load_tokenizer
 from ..model.whale import Whale
+from ..train.data import first_line, load_tokenizer
+from ..train.files import read_json, write_json
+from ..train.checkpoint import generation_config, take_marks
 from ..train.loop import free_folder, model_card
 from .weights import find_folder
-from ..train.files import read_json
 
 # %% ../../nbs/3_generation/31_hub.ipynb #08e38c8c
-TYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)     # what a folder can be exported in
+TYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)   # what a folder can be exported in
 
 # %% ../../nbs/3_generation/31_hub.ipynb #7a88ae10
 def card(
@@ -29,32 +29,40 @@ def card(
 )->str|None:
     "The model card with the run's own figures; without a run the README.md that lies there, if any"
     folder = Path(folder)
+    readme = folder/'README.md'
     if not (folder/'results.json').is_file():
-        return (folder/'README.md').read_text(encoding='utf-8') if (folder/'README.md').is_file() else None
+        return readme.read_text(encoding='utf-8') if readme.is_file() else None
     spec = read_json(folder/'run.json')
-    here = lambda p: Path(p).name if p and (Path(p).exists() or p[0] in './~') else p   # a path says nothing elsewhere
-    recipe = {k: here(v) if k in ('data', 'chat', 'init', 'tokenizer') else v for k,v in spec['recipe'].items()}
-    note = f'\nStored in {dtype}, sensitive parts in float32; the figures above were measured before that.\n' if dtype else ''
-    return model_card(whale, spec|dict(recipe=recipe), read_json(folder/'results.json'), name)+note
+    def name_only(path):     # a path says nothing elsewhere
+        return Path(path).name if path and (Path(path).exists() or path[0] in './~') else path
+    paths = ('data', 'chat', 'init', 'tokenizer')
+    recipe = {k: name_only(v) if k in paths else v for k,v in spec['recipe'].items()}
+    text = model_card(whale, spec|dict(recipe=recipe), read_json(folder/'results.json'), name)
+    if not dtype: return text
+    return (f'{text}\nStored in {dtype}, sensitive parts in float32; '
+        'the figures above were measured before that.\n')
 
 # %% ../../nbs/3_generation/31_hub.ipynb #c5549dea
 def write_export(
-    source:Path,           # folder to read
-    target:Path,           # folder to write, new or empty
-    name:str,              # how the result will be loaded, for the card
-    dtype:str|None=None,   # one of `TYPES`; None: as it is
+    source:Path,                   # folder to read
+    target:Path,                   # folder to write, new or empty
+    name:str,                      # how the result will be loaded, for the card
+    dtype:str|None=None,           # one of `TYPES`; None: as it is
     max_shard_size:str|None=None,  # e.g. 5GB: larger models in several files
 ):
     "Weights, config, tokenizer, sampling defaults and card; nothing of the trainer's"
-    whale,tok = Whale.from_pretrained(source),load_tokenizer(source)
+    whale = Whale.from_pretrained(source)
+    tok = load_tokenizer(source)
     take_marks(whale, tok)
-    whale.cfg.to_hf()
+    whale.cfg.to_hf()              # refuses what transformers cannot run
     if dtype: whale.to(TYPES[dtype])
     whale.save_pretrained(target, max_shard_size)
     tok.save_pretrained(target)
     sampling = source/'generation_config.json'
-    if sampling.is_file(): write_json(target/sampling.name, read_json(sampling)|generation_config(whale))
-    if text := card(source, whale, name, dtype): (target/'README.md').write_text(text, encoding='utf-8')
+    if sampling.is_file():
+        write_json(target/sampling.name, read_json(sampling)|generation_config(whale))
+    if text := card(source, whale, name, dtype):
+        (target/'README.md').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/3_generation/31_hub.ipynb #20a257ac
 def upload(
@@ -67,11 +75,17 @@ def upload(
     try:
         repo = api.create_repo(name, private=private, exist_ok=True)
         open_to_all = private and not api.model_info(repo.repo_id).private
-        if not open_to_all: api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message='Upload from nanowhale')
+        if not open_to_all:
+            api.upload_folder(repo_id=repo.repo_id, folder_path=folder,
+                commit_message='Upload from nanowhale')
     except Exception as e:      # the client raises many kinds
-        login = '; log in with `hf auth login`, with a token that may write' if getattr(getattr(e, 'response', None), 'status_code', 0) in (401,403) else ''
-        raise ConnectionError(f'{name}: the upload to the Hub failed ({first_line(e)}){login}') from None
-    if open_to_all: raise ValueError(f'{name}: exists already and is public; nothing was sent. Choose another name, or make it private in its settings')
+        status = getattr(getattr(e, 'response', None), 'status_code', 0)
+        what = f'{name}: the upload to the Hub failed ({first_line(e)})'
+        if status in (401,403): what += '; log in with `hf auth login`, with a token that may write'
+        raise ConnectionError(what) from None
+    if open_to_all:
+        raise ValueError(f'{name}: exists already and is public; nothing was sent. '
+            'Choose another name, or make it private in its settings')
     return str(repo)
 
 # %% ../../nbs/3_generation/31_hub.ipynb #ac8f23e6
@@ -81,7 +95,8 @@ def check_size(
     "Refuse what is no size, in one line, before a model is loaded"
     try: fits = split_torch_state_dict_into_shards({}, max_shard_size=size) is not None
     except ValueError: fits = False
-    if not fits: raise ValueError(f'max_shard_size={size!r}: need a number with KB, MB, GB or TB, such as 5GB')
+    if not fits:
+        raise ValueError(f'max_shard_size={size!r}: need a number with KB, MB, GB or TB, such as 5GB')
 
 def export(
     folder:str|Path,                # checkpoint folder, or a model on the Hub
@@ -92,13 +107,19 @@ def export(
     max_shard_size:str|None=None,   # e.g. 5GB: larger models in several files
 )->list[str]:                       # where it is now
     "A folder that transformers loads as it is, here, on the Hub, or both"
-    if not (out or push): raise ValueError('export: say where to, with --out FOLDER, --push USER/NAME, or both')
-    if dtype not in (None, *TYPES): raise ValueError(f'dtype={dtype!r}: must be one of {", ".join(TYPES)}')
-    if private and not push: raise ValueError('export: --private is about the Hub; say to which name there, with --push USER/NAME')
+    if not (out or push):
+        raise ValueError('export: say where to, with --out FOLDER, --push USER/NAME, or both')
+    if dtype not in (None, *TYPES):
+        raise ValueError(f'dtype={dtype!r}: must be one of {", ".join(TYPES)}')
+    if private and not push:
+        raise ValueError('export: --private is about the Hub; '
+            'say to which name there, with --push USER/NAME')
     if max_shard_size: check_size(max_shard_size)
     if out: free_folder(out)
     source = find_folder(folder)
     with tempfile.TemporaryDirectory() as tmp:
         target = Path(out) if out else Path(tmp)/'whale'
         write_export(source, target, push or str(out), dtype, max_shard_size)
-        return ([str(target)] if out else []) + ([upload(target, push, private)] if push else [])
+        places = [str(target)] if out else []
+        if push: places.append(upload(target, push, private))
+        return places

@@ -8,29 +8,31 @@ __all__ = ['MOST_SEED', 'scale_temperature', 'keep_top_k', 'keep_top_p', 'keep_m
            'TextStream']
 
 # %% ../../nbs/3_generation/24_sample.ipynb #d155b28d
-import math, operator
+import math, operator, sys
+from functools import partial
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..model.rope import upcast
-from .cache import Cache
 from ..model.whale import check_batch
 from ..train.evaluate import evaluating
+from .cache import Cache
 
 # %% ../../nbs/3_generation/24_sample.ipynb #bef18bec
 def scale_temperature(
-    logits:Tensor,  # [B,V]
-    temperature:float,    # 0: all probability on the likeliest token; 1: unchanged; above 1: flatter
-) -> Tensor:  # [B,V]
+    logits:Tensor,      # [B,V]
+    temperature:float,  # 0: all probability on the likeliest token; 1: unchanged; above 1: flatter
+) -> Tensor:            # [B,V]
     "Logits of the distribution to the power 1/temperature; its limit at 0 is greedy choice"
     if temperature==0:
-        return torch.full_like(logits, float('-inf')).scatter(-1, logits.argmax(-1, keepdim=True), 0)
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, float('-inf')).scatter(-1, best, 0)
     return (logits-logits.amax(-1, keepdim=True))/temperature
 
 # %% ../../nbs/3_generation/24_sample.ipynb #a4466b8b
 def keep_top_k(
     logits:Tensor,  # [B,V]
-    k:int,                # tokens to keep in each row; more than V keeps all
-) -> Tensor:  # [B,V]
+    k:int,          # tokens to keep in each row; more than V keeps all
+) -> Tensor:        # [B,V]
     "Logits with all but the k likeliest tokens forbidden"
     kth = logits.topk(min(k, logits.shape[-1])).values[:,-1:]
     return logits.masked_fill(logits<kth, float('-inf'))
@@ -38,9 +40,9 @@ def keep_top_k(
 # %% ../../nbs/3_generation/24_sample.ipynb #f8e70754
 def keep_top_p(
     logits:Tensor,  # [B,V]
-    top_p:float,          # probability that the kept tokens hold together, in (0,1]
-) -> Tensor:  # [B,V]
-    "Logits with only the nucleus left: the fewest likeliest tokens that hold `top_p` (arXiv 1904.09751)"
+    top_p:float,    # probability that the kept tokens hold together, in (0,1]
+) -> Tensor:        # [B,V]
+    "Logits of the nucleus alone: the fewest likeliest tokens that hold `top_p` (arXiv 1904.09751)"
     p,order = logits.softmax(-1).sort(-1)
     drop = p.cumsum(-1)<=1-top_p
     drop[:,-1] = False                  # the likeliest always stays
@@ -49,9 +51,9 @@ def keep_top_p(
 # %% ../../nbs/3_generation/24_sample.ipynb #537e3572
 def keep_min_p(
     logits:Tensor,  # [B,V]
-    min_p:float,          # least probability, as a share of the likeliest token's, in [0,1]
-) -> Tensor:  # [B,V]
-    "Logits without the tokens less than `min_p` times as likely as the likeliest (arXiv 2407.01082)"
+    min_p:float,    # least probability, as a share of the likeliest token's, in [0,1]
+) -> Tensor:        # [B,V]
+    "Logits without tokens less than `min_p` times as likely as the likeliest (arXiv 2407.01082)"
     p = logits.softmax(-1)
     return logits.masked_fill(p<min_p*p.amax(-1, keepdim=True), float('-inf'))
 
@@ -59,21 +61,21 @@ def keep_min_p(
 def penalize_repeats(
     logits:Tensor,  # [B,V]
     seen:Tensor,    # [B,V] bool, tokens that the text already holds
-    penalty:float,        # 1: unchanged; above 1: repeats become less likely
-) -> Tensor:  # [B,V]
-    "Logits with those of seen tokens divided by the penalty, or multiplied where negative (arXiv 1909.05858)"
+    penalty:float,  # 1: unchanged; above 1: repeats become less likely
+) -> Tensor:        # [B,V]
+    "Logits of seen tokens divided by the penalty, negative ones multiplied (arXiv 1909.05858)"
     return torch.where(seen, torch.where(logits>0, logits/penalty, logits*penalty), logits)
 
 # %% ../../nbs/3_generation/24_sample.ipynb #37b9cb7d
 def warp(
-    logits:Tensor,           # [B,V], of any float type
-    seen:Tensor=None,        # [B,V] bool, tokens that the text already holds; for the penalty
+    logits:Tensor,                 # [B,V], of any float type
+    seen:Tensor=None,              # [B,V] bool, tokens that the text already holds; for the penalty
     temperature:float=1.0,         # see `scale_temperature`
     top_k:int=None,                # see `keep_top_k`; None or 0: all
     top_p:float=None,              # see `keep_top_p`; None: all
     min_p:float=None,              # see `keep_min_p`; None: all
     repetition_penalty:float=1.0,  # see `penalize_repeats`
-) -> Tensor:  # [B,V]
+) -> Tensor:                       # [B,V]
     "Logits, at least float32, whose softmax is the distribution to draw from"
     logits = upcast(logits)
     if repetition_penalty!=1: logits = penalize_repeats(logits, seen, repetition_penalty)
@@ -85,19 +87,19 @@ def warp(
 
 # %% ../../nbs/3_generation/24_sample.ipynb #fb66e975
 def draw(
-    logits:Tensor,             # [B,V], e.g. from `warp`
+    logits:Tensor,                   # [B,V], e.g. from `warp`
     generator:torch.Generator=None,  # source of randomness; None: torch's global one
-) -> Tensor:  # [B]
+) -> Tensor:                         # [B]
     "One token id for each row, drawn from the softmax of its logits"
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:,0]
 
 # %% ../../nbs/3_generation/24_sample.ipynb #b43a20d1
 def next_logits(
-    whale,                   # a `Whale`
+    whale,             # a `Whale`
     ids:Tensor,        # [B,T], the text so far
     docs:Tensor=None,  # [B,T], document of each token, -1 for padding; None: one document
-    cache:Cache=None,        # what was kept of the tokens seen before; None: run them all
-) -> Tensor:  # [B,V]
+    cache:Cache=None,  # what was kept of the tokens seen before; None: run them all
+) -> Tensor:           # [B,V]
     "Logits of the token after the last, running only the tokens that the cache has not seen"
     new = 0 if cache is None else cache.length
     docs = None if docs is None else docs[:,new:]
@@ -111,9 +113,10 @@ def _check(ok, message):
 def left_pad(
     prompts:list,        # lists of token ids, of any lengths
     pad_token_id:int=0,  # what fills the gaps; any id, as nothing ever sees it
-) -> tuple:  # ids [B,T] and attention mask [B,T], 0 where padded
+) -> tuple:              # ids [B,T] and attention mask [B,T], 0 where padded
     "Prompts as one rectangle, so that all end in the last column"
-    _check(len(prompts) and all(len(x) for x in prompts), 'left_pad: an empty prompt; begin each with the BOS token')
+    some = len(prompts) and all(len(x) for x in prompts)
+    _check(some, 'left_pad: an empty prompt; begin each with the BOS token')
     T = max(len(x) for x in prompts)
     ids = [[pad_token_id]*(T-len(x)) + list(x) for x in prompts]
     mask = [[0]*(T-len(x)) + [1]*len(x) for x in prompts]
@@ -122,19 +125,21 @@ def left_pad(
 # %% ../../nbs/3_generation/24_sample.ipynb #619c2162
 def docs_of(
     attention_mask:Tensor,  # [B,T], 1 for text, 0 for padding
-) -> Tensor:  # [B,T]
+) -> Tensor:                # [B,T]
     "Document ids: 0 for text, -1 for padding, which no text token can then see"
     return attention_mask.long()-1
 
 # %% ../../nbs/3_generation/24_sample.ipynb #6e90efbb
 def _check_prompt(ids, mask, V):
-    _check(isinstance(ids, torch.Tensor), 'input_ids: need a tensor [batch, time]; for one prompt use torch.tensor([ids])')
+    _check(isinstance(ids, Tensor),
+        'input_ids: need a tensor [batch, time]; for one prompt use torch.tensor([ids])')
     check_batch(V, ids.cpu())
     if mask is None: return
-    _check(isinstance(mask, torch.Tensor), 'attention_mask: need a tensor [batch, time] of 0 and 1')
-    _check(mask.shape==ids.shape, f'attention_mask: shape {list(mask.shape)} differs from input_ids {list(ids.shape)}')
+    _check(isinstance(mask, Tensor), 'attention_mask: need a tensor [batch, time] of 0 and 1')
+    _check(mask.shape==ids.shape,
+        f'attention_mask: shape {list(mask.shape)} differs from input_ids {list(ids.shape)}')
     _check(((mask==0)|(mask==1)).all() and (mask[:,1:]>=mask[:,:-1]).all() and mask[:,-1].all(),
-           'attention_mask: need 0s, then 1s in each row: pad on the left, as left_pad does')
+        'attention_mask: need 0s, then 1s in each row: pad on the left, as left_pad does')
 
 # %% ../../nbs/3_generation/24_sample.ipynb #8bf355af
 def _shown(value): return ' '.join(repr(value).split())[:60]
@@ -154,11 +159,14 @@ def whole_number(
     _check(fits, f'{name}={_shown(value)}: need a whole number, {limits}')
     return n
 
-def _number(name, value, fits, need):
+_LEAST = math.ulp(0)            # the smallest number above 0
+_MOST = sys.float_info.max      # the largest
+
+def _number(name, value, least, most, need):
     "The value as a `float`, or one line that says what is needed"
     try: x = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError): x = math.nan
-    _check(fits(x), f'{name}={_shown(value)}: need a number {need}')
+    _check(least<=x<=most, f'{name}={_shown(value)}: need a number {need}')
     return x
 
 # %% ../../nbs/3_generation/24_sample.ipynb #5c1e90a7
@@ -176,17 +184,19 @@ def check_rules(
     "Refuse what makes no sense, in one line, before anything is done"
     whole_number('max_new_tokens', max_new_tokens)
     if seed is not None: whole_number('seed', seed, most=MOST_SEED)
-    rules = dict(temperature=_number('temperature', temperature, lambda x: 0<=x<math.inf, 'from 0 (always the likeliest token) up'))
+    rules = {}
+    def number(name, value, *limits): rules[name] = _number(name, value, *limits)
+    number('temperature', temperature, 0, _MOST, 'from 0 (always the likeliest token) up')
     if top_k is not None: rules['top_k'] = whole_number('top_k', top_k, says=' (all tokens)')
-    if top_p is not None: rules['top_p'] = _number('top_p', top_p, lambda x: 0<x<=1, 'above 0 and at most 1 (all tokens)')
-    if min_p is not None: rules['min_p'] = _number('min_p', min_p, lambda x: 0<=x<=1, 'from 0 (all tokens) to 1')
-    rules['repetition_penalty'] = _number('repetition_penalty', repetition_penalty, lambda x: 0<x<math.inf, 'above 0')
+    if top_p is not None: number('top_p', top_p, _LEAST, 1, 'above 0 and at most 1 (all tokens)')
+    if min_p is not None: number('min_p', min_p, 0, 1, 'from 0 (all tokens) to 1')
+    number('repetition_penalty', repetition_penalty, _LEAST, _MOST, 'above 0')
     return rules
 
 # %% ../../nbs/3_generation/24_sample.ipynb #44f3d275
 def token_ids(
     name:str,  # of the option, for the message
-    value,     # an id, or several in a list, a tuple, a set, an array or a tensor of any shape; None: none
+    value,     # an id, or several in a list, tuple, set, array or tensor of any shape; None: none
     V:int,     # tokens there are
 ) -> list[int]:
     "The ids as a flat list of `int`, or one line that says what is needed"
@@ -214,14 +224,18 @@ class Rows:
         whale,                       # a `Whale`
         input_ids:Tensor,            # [B,T] the prompts
         attention_mask:Tensor=None,  # [B,T] 0 for padding on the left; None: there is none
-        eos_token_id='config',       # id or ids that end a row; 'config': the config's; None: nothing ends it
+        eos_token_id='config',       # id or ids that end a row; 'config': the config's; None: none
         on_token=None,               # called with each new column of ids [B]
     ):
-        V,device = whale.cfg.vocab_size,whale.lm_head.weight.device
+        V = whale.cfg.vocab_size
+        device = whale.lm_head.weight.device
         _check_prompt(input_ids, attention_mask, V)
-        self.ids,self.on_token = input_ids.to(device).long(),on_token
-        mask = torch.ones_like(self.ids) if attention_mask is None else attention_mask.to(device).long()
-        self.docs,self.seen = None if mask.all() else docs_of(mask),_seen(self.ids, mask, V)
+        self.ids = input_ids.to(device).long()
+        self.on_token = on_token
+        if attention_mask is None: mask = torch.ones_like(self.ids)
+        else: mask = attention_mask.to(device).long()
+        self.docs = None if mask.all() else docs_of(mask)
+        self.seen = _seen(self.ids, mask, V)
         self.ends,self.pad = _endings(whale.cfg, eos_token_id)
         self.done = torch.zeros(len(self.ids), dtype=torch.bool, device=device)
 
@@ -239,8 +253,13 @@ class Rows:
 # %% ../../nbs/3_generation/24_sample.ipynb #7d9e080c
 def _finite(logits, T):
     "The logits, if they are numbers"
-    _check(logits.isfinite().all(), f'logits after {T} tokens are not finite: do the weights hold NaN or inf?')
+    _check(logits.isfinite().all(),
+        f'logits after {T} tokens are not finite: do the weights hold NaN or inf?')
     return logits
+
+def _generator(seed, device):
+    "A source of randomness of its own; None: torch's global one"
+    return None if seed is None else torch.Generator(device).manual_seed(int(seed))
 
 def generate(
     whale,                             # a `Whale`
@@ -251,39 +270,45 @@ def generate(
     top_p:float=None,                  # see `keep_top_p`
     min_p:float=None,                  # see `keep_min_p`
     repetition_penalty:float=1.0,      # see `penalize_repeats`
-    eos_token_id='config',             # id or ids that end a row, see `token_ids`; 'config': the config's; None: nothing ends it
+    eos_token_id='config',             # id or ids that end a row; 'config': its own; None: none
     attention_mask:Tensor=None,        # [B,T] 0 for padding on the left; see `left_pad`
-    seed:int=None,                     # the same seed gives the same text; None: torch's global randomness
-    use_cache:bool=True,               # False: run the whole text for each token, to the same result
+    seed:int=None,                     # same seed, same text; None: torch's global randomness
+    use_cache:bool=True,               # False: run the whole text for each token, to the same end
     on_token=None,                     # called with each new column of ids [B]; see `TextStream`
-    decoder=None,                      # who takes over once the prompt is read, e.g. `Decoder` of the next chapter; None: nobody
+    decoder=None,                      # who goes on once the prompt is read; see 38_graph
 ) -> Tensor:                           # [B,T+n]
     "Prompt and continuation, token by token; ended rows are filled with padding"
     rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    _check(use_cache or decoder is None, 'decoder: it goes on from a cache, so use_cache must be True')
+    _check(use_cache or decoder is None,
+        'decoder: it goes on from a cache, so use_cache must be True')
     with evaluating(whale):
-        rows,cache = Rows(whale, input_ids, attention_mask, eos_token_id, on_token),Cache(whale.cfg) if use_cache else None
-        generator = None if seed is None else torch.Generator(rows.ids.device).manual_seed(int(seed))
-        most,step = rows.ids.shape[1]+max_new_tokens,None
+        rows = Rows(whale, input_ids, attention_mask, eos_token_id, on_token)
+        cache = Cache(whale.cfg) if use_cache else None
+        generator = _generator(seed, rows.ids.device)
+        most = rows.ids.shape[1]+max_new_tokens
+        step = None
         for _ in range(max_new_tokens):
             if decoder and cache.length: step = step or decoder(whale, cache, most, rows.docs)
-            logits = step(rows.ids[:,-1:]) if step else next_logits(whale, rows.ids, rows.docs, cache)
-            logits = _finite(logits, rows.ids.shape[1])
-            logits = warp(logits, rows.seen, **rules)
+            if step: logits = step(rows.ids[:,-1:])
+            else: logits = next_logits(whale, rows.ids, rows.docs, cache)
+            logits = warp(_finite(logits, rows.ids.shape[1]), rows.seen, **rules)
             rows.add(logits.argmax(-1) if temperature==0 else draw(logits, generator))
             if rows.done.all(): break
     return rows.ids.to(input_ids.device, copy=True)
 
 # %% ../../nbs/3_generation/24_sample.ipynb #fb09628c
 class TextStream:
-    "Writes text as its tokens arrive, a character only when all of its bytes are there; an `on_token` for `generate`"
+    "Writes text as its tokens arrive, a character once its bytes are all there; an `on_token`"
     def __init__(self,
         tokenizer,   # has `decode(ids, skip_special_tokens=True)`
         write=None,  # called with each new piece of text; None: print it at once
         row:int=0,   # row of the batch to follow
     ):
-        self.tokenizer,self.row,self.ids,self.shown = tokenizer,row,[],0
-        self.write = write or (lambda s: print(s, end='', flush=True))
+        self.tokenizer = tokenizer
+        self.write = write or partial(print, end='', flush=True)
+        self.row = row
+        self.ids = []    # tokens that wait for the rest of a character
+        self.shown = 0   # characters of theirs that are written
 
     def _decode(self): return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
@@ -299,11 +324,15 @@ class TextStream:
         text = self._decode()
         whole = text.removesuffix('\ufffd')
         self._show(whole)
-        if whole==text: self.ids = self.ids[-1:]; self.shown = len(self._decode())
+        if whole==text:
+            self.ids = self.ids[-1:]
+            self.shown = len(self._decode())
 
     def close(self):
         "Write what is held back: the bytes of a character that never became whole"
         self._show(self._decode())
-        self.ids,self.shown = [],0
+        self.ids = []
+        self.shown = 0
+
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
