@@ -9,22 +9,27 @@ __all__ = ['FAST', 'KERNELS', 'check', 'use', 'in_use']
 import os, shutil
 from functools import partial
 import torch
-from torch import nn
+from torch import Tensor, nn
+from ..model.config import SWA
 from ..model.attention import Attention, Linear
 from ..model.compress import CompressedAttention, Indexer
-from ..model.config import SWA
-from ..model.hyper import HyperConnection, HyperHead
 from ..model.moe import Experts, Router
+from ..model.hyper import HyperConnection, HyperHead
 from ..model.whale import Whale, check_batch
+from ..train.optim import Muon
+from .products import ONEDNN, linear, products
 from .attention import attend, far_weights, index_scores, row_mask
 from .experts import run_experts
 from .loss import head_loss
-from ..train.optim import Muon
-from .products import ONEDNN, linear, products
 from .sinkhorn import sinkhorn
 
 # %% ../../nbs/4_speed/37_kernels.ipynb #48d75bae
-def check(V, input_ids, labels=None, docs=None):
+def check(
+    V:int,                    # vocabulary size
+    input_ids:Tensor,         # [B,T]
+    labels:Tensor|None=None,  # [B,T]
+    docs:Tensor|None=None,    # [B,T]
+):
     "`check_batch`; the numbers only where nobody would wait for them"
     values = input_ids.device.type=='cpu' and not torch.compiler.is_compiling()
     check_batch(V, input_ids, labels, docs, values)
@@ -41,6 +46,7 @@ FAST = {   # class -> its functions, and what computes the same
     HyperHead: dict(product=linear),
     Whale: dict(see=row_mask, head_loss=head_loss, check=check),
     Muon: dict(products=products)}
+
 KERNELS = dict(plain={}, fast=FAST)
 
 # %% ../../nbs/4_speed/37_kernels.ipynb #552fb613
@@ -49,7 +55,8 @@ def use(
     kernels:str='fast',  # one of `KERNELS`
 ):  # -> the same object
     "Let every part compute with these functions"
-    if kernels not in KERNELS: raise ValueError(f'kernels={kernels!r}: choose {" or ".join(KERNELS)}')
+    if kernels not in KERNELS:
+        raise ValueError(f'kernels={kernels!r}: choose {" or ".join(KERNELS)}')
     for part in whole.modules() if isinstance(whole, nn.Module) else [whole]:
         for cls,functions in FAST.items():
             if not isinstance(part, cls): continue
@@ -65,16 +72,20 @@ def in_use(
     device='cpu',   # where the whale will be
 ) -> dict:          # what -> by which function here, and why
     "What the fast set means on this machine"
-    gpu = torch.device(device).type=='cuda'
     simd = torch.backends.cpu.get_cpu_capability()
-    why = f'{simd} with oneDNN' if ONEDNN else f'oneDNN is taken where a processor has AVX512, this one has {simd}'
-    compiler = next(filter(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++', 'cl')), None)
-    return {
-        'products': "PyTorch's for this GPU" if gpu else f"{'oneDNN' if ONEDNN else 'BLAS'} in float32: {why}",
-        'attention': 'one kernel in a compiled step, chunks of queries elsewhere' if gpu
-            else 'chunks of queries, blocks of the window where a row is longer: no fused kernel on a CPU',
-        'experts': 'grouped in bf16, else one after the other' if gpu
-            else 'one after the other, sorted: nobody waits for the loads on a CPU',
-        'head': 'cross-entropy in blocks of rows, logits never kept',
-        'mixes': "Sinkhorn with a backward pass of its own",
-        'compile': f'possible: {compiler}' if compiler or gpu else 'not here: no C++ compiler'}
+    compilers = (os.environ.get('CXX', 'c++'), 'g++', 'clang++', 'cl')
+    compiler = next(filter(shutil.which, compilers), None)
+    same = dict(head='cross-entropy in blocks of rows, logits never kept',
+        mixes='Sinkhorn with a backward pass of its own')
+    if torch.device(device).type=='cuda':
+        return dict(products="PyTorch's for this GPU",
+            attention='one kernel in a compiled step, chunks of queries elsewhere',
+            experts='grouped in bf16, else one after the other', **same,
+            compile='possible: by Triton')
+    library = f'oneDNN in float32: {simd}' if ONEDNN else \
+        f'BLAS in float32: oneDNN is taken where a processor has AVX512, this one has {simd}'
+    return dict(products=library,
+        attention='chunks of queries, in blocks of the window where a row is longer; '
+            'one kernel needs a GPU',
+        experts='sorted, one after the other: on a CPU nobody waits for their loads', **same,
+        compile=f'possible: {compiler}' if compiler else 'not here: no C++ compiler')
