@@ -15,7 +15,6 @@ import torch
 from . import __version__
 from .presets import get_preset
 from .model.moe import max_vio
-from .model.whale import Whale
 from .train.data import encode, first_line
 from .train.parallel import from_first, local_device, ranks
 from .train.recipe import INSTEAD, Recipe, get_recipe
@@ -51,13 +50,16 @@ RUNS = dict(text=TextRun, chat=ChatRun)   # kind of data -> kind of run
 def measure(
     run:Run,   # at its end
 ) -> dict:     # what was measured -> value
-    "The figures of a run: held-out loss, bits per byte beside xz's, how evenly the experts work, speed, and a sample"
-    state,data = run.state,'\n\n'.join(run.held.targets()).encode()
+    "The figures of a run: held-out loss, bits per byte beside xz's, balance, speed, and a sample"
+    state = run.state
+    data = '\n\n'.join(run.held.targets()).encode()
     step,scores = run.measured
-    if step!=state['step']: scores = run.held.scores(run.whale)   # a run that was killed between its last step and its end
+    if step!=state['step']: scores = run.held.scores(run.whale)   # killed just before its end
     load = torch.tensor(scores['expert_load'])
     shares = load_balance(load)
-    before = {'held-out loss before, nats per token': round(state['before'], 4)} if 'before' in state else {}
+    before = {}
+    if 'before' in state: before['held-out loss before, nats per token'] = round(state['before'], 4)
+    seconds = max(1e-9, state['seconds'])
     return before | {
         'held-out loss, nats per token': round(scores['loss'], 4),
         'held-out bits per byte': round(scores['bits_per_byte'], 4),
@@ -69,9 +71,9 @@ def measure(
         'held-out bytes': run.held.n_bytes,
         'targets seen in training': state.get('targets') or state['step']*run.recipe.targets,
         'places of the rows that held a token': round(state['filled']/max(1, state['places']), 4),
-        'tokens per second': round(state['step']*run.recipe.targets/max(1e-9, state['seconds'])),
+        'tokens per second': round(state['step']*run.recipe.targets/seconds),
         'minutes of training': round(state['seconds']/60, 2),
-        'share of them spent waiting for data': round(state['waited']/max(1e-9, state['seconds']), 4),
+        'share of them spent waiting for data': round(state['waited']/seconds, 4),
         'steps skipped': state['skipped'],
         'peak memory, MiB': peak_memory(run.device),
         'hardware': f'{hardware(run.device)}, torch {torch.__version__}',
@@ -97,7 +99,8 @@ def as_given(
     "Without the values of a preset that others had taken the place of"
     recipe = spec.get('recipe') if isinstance(spec, dict) else None
     for k,other in INSTEAD.items():
-        if isinstance(recipe, dict) and recipe.get(other) and k in recipe: recipe[k] = getattr(Recipe, k)
+        if isinstance(recipe, dict) and recipe.get(other) and k in recipe:
+            recipe[k] = getattr(Recipe, k)
 
 # %% ../nbs/appendix/90_run.ipynb #0c3c7c2b
 def new_spec(
@@ -107,11 +110,14 @@ def new_spec(
     **changes,              # values of the recipe to set otherwise
 ) -> dict:
     "run.json of a new run, its options checked"
-    preset,named = preset or 'tiny',recipe or ('chat' if changes.get('chat') else 'whale')
+    preset = preset or 'tiny'
+    named = recipe or ('chat' if changes.get('chat') else 'whale')
     get_preset(preset)
-    if named=='chat' and not changes.get('chat'): raise ValueError('the recipe "chat" is for conversations: name them with --chat')
+    if named=='chat' and not changes.get('chat'):
+        raise ValueError('the recipe "chat" is for conversations: name them with --chat')
     seed = whole_number('seed', seed or 0, most=MOST_SEED)
-    return dict(preset=preset, recipe=asdict(get_recipe(preset, named, **changes)), seed=seed, version=__version__)
+    values = asdict(get_recipe(preset, named, **changes))
+    return dict(preset=preset, recipe=values, seed=seed, version=__version__)
 
 def check_asked(
     spec:dict,              # run.json of an old run
@@ -130,8 +136,9 @@ def check_asked(
     def has(k): return 'none' if mine.get(k) is None else mine[k]
     said = ', '.join(f'--{k.replace("_", "-")} {v} (it has {has(k)})' for k,v in other.items())
     planned = ', its learning rate planned to the last step' if 'steps' in other else ''
-    raise ValueError(f'{out}: --resume goes on with a run as it was begun{planned}, not with {said}. '
-        f'Leave that out, or begin a new run from its weights: --init {out}, with another --out')
+    raise ValueError(f'{out}: --resume goes on with a run as it was begun{planned}, '
+        f'not with {said}. Leave that out, or begin a new run from its weights: '
+        f'--init {out}, with another --out')
 
 def begin(
     out:str|Path,   # the run's folder
@@ -139,17 +146,21 @@ def begin(
     spec:dict,      # run.json of a new run; for an old one, what was asked of it, for `check_asked`
     claim:Claim,    # on the folder of an old one
 ) -> tuple[dict, Path|None]:  # run.json, and the checkpoint to go on from
-    "Open a run's folder: a new one must be free, an old one is read and its metrics are cut to its checkpoint"
+    "Open a run's folder: a new one must be free, an old one is cut to its last checkpoint"
     out = Path(out)
-    if not resume: free_folder(out); return spec, None
+    if not resume:
+        free_folder(out)
+        return spec, None
     if out.is_dir(): claim.take(out)
-    asked,(spec,last) = spec,read_run(out)
+    asked = spec
+    spec,last = read_run(out)
     as_given(spec)
     step = read_state(last)['step'] if last else 0
     check_spec(spec, out/'run.json')
     check_asked(spec, out, **asked)
-    if step>=spec['recipe']['steps'] and (out/'README.md').exists(): \
-        raise ValueError(f'{out} has done all its {step} steps: nothing to go on with. A new run may begin from its weights: --init {out}, with another --out')
+    if step>=spec['recipe']['steps'] and (out/'README.md').exists():
+        raise ValueError(f'{out} has done all its {step} steps: nothing to go on with. '
+            f'A new run may begin from its weights: --init {out}, with another --out')
     drop_metrics(out/'metrics.jsonl', step)
     return spec, last
 
@@ -164,15 +175,17 @@ def finish(
     def write():
         write_json(run.out/'results.json', results)
         (run.out/'README.md').write_text(model_card(run.whale, spec, results, run.out))
-        for k,v in results.items(): print(f'{k}: {v!r}' if k=='sample' else f'{k}: {v}', file=sys.stderr)
-        print(f'saved in {run.out}/: try `nanowhale {run.try_it}{"" if str(run.out)=="whale" else f" --model {run.out}"}`', file=sys.stderr)
+        for k,v in results.items():
+            print(f'{k}: {v!r}' if k=='sample' else f'{k}: {v}', file=sys.stderr)
+        model = '' if str(run.out)=='whale' else f' --model {run.out}'
+        print(f'saved in {run.out}/: try `nanowhale {run.try_it}{model}`', file=sys.stderr)
     from_first(write)
     return results
 
 # %% ../nbs/appendix/90_run.ipynb #da2f0fba
 def train(
-    preset:str=None,         # size of the model: tiny (if none is named), nanowhale_100m, or one with all kinds of V4's layers: tiny_v4, nanowhale_v4
-    recipe:str=None,         # how to train it: whale (ours), card (the public nanowhale-100m's) or chat; none: chat with --chat, else whale
+    preset:str=None,         # size: tiny (if none is named), nanowhale_100m, tiny_v4, nanowhale_v4
+    recipe:str=None,         # whale (ours), card (the public nanowhale-100m's), chat (with --chat)
     out:str='whale',         # folder for the run; must be new or empty
     seed:int=None,           # of the initialisation and of the order of the text; none: 0
     device:str=None,         # cpu, cuda, cuda:1 ...; none: a GPU if there is one
@@ -180,7 +193,7 @@ def train(
     tensorboard:bool=False,  # also write what TensorBoard reads, into a folder of the run's
     **changes,               # values of the `Recipe` to set otherwise
 ) -> dict:                   # the run's figures
-    "Train a whale, measure it on text it has not seen, and save a folder that transformers can load"
+    "Train a whale, measure it on unseen text, and save a folder that transformers can load"
     keep_freed_memory()
     asked = dict(preset=preset, recipe=recipe, seed=seed) | changes
     spec = asked if resume else new_spec(**asked)

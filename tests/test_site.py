@@ -22,19 +22,19 @@ def notebook(*cells): return dict(cells=list(cells), metadata={}, nbformat=4, nb
 def test_directives_go_and_source_stays():
     nb = notebook(cell('# T\n\n> sub\n\ntext', 'markdown'), cell('#| default_exp x'), cell('#| hide\nsecret'),
         cell('#| export\ndef f(): return 1'), cell('#| echo: false\n1'))
-    page = build.page('98_x', nb, {})
+    page = build.page('9_part/98_x', nb, {})
     said = [''.join(c['source']) for c in page['cells']]
     assert 'def f(): return 1' in said and not any('#|' in s or 'secret' in s for s in said)
     assert page['cells'][-1]['metadata']['tags']==['remove-input']
-    assert 'colab' in said[0] and 'notebooks/98_x.ipynb' in said[0] and 'api/x.html' in said[0] and '{.subtitle}\n> sub' in said[0]
+    assert 'colab' in said[0] and '../notebooks/9_part/98_x.ipynb' in said[0] and 'api/x.html' in said[0] and '{.subtitle}\n> sub' in said[0]
 
 def test_explorers_come_before_the_exercises(monkeypatch):
-    monkeypatch.setattr(build, 'shown', lambda: dict(rope=('01_rope', 'turn it')))
+    monkeypatch.setattr(build, 'shown', lambda: dict(rope=('1_part/01_rope', 'turn it')))
     for last in ('costs.\n\n## Exercises\n\n1. do', '## Recap'):
-        said = [c['source'] for c in build.page('01_rope', notebook(cell('# T', 'markdown'), cell(last, 'markdown')), {})['cells']]
-        assert len(said)==2 and said[1].count('explorers/rope/index.html')==2 and said[1].index('iframe')<said[1].index(last[-12:])
-    assert 'iframe' in build.page('01_rope', notebook(cell('# T', 'markdown')), {})['cells'][-1]['source']
-    assert 'iframe' not in str(build.page('02_mla', notebook(cell('# T\n\n## Recap', 'markdown')), {}))
+        said = [c['source'] for c in build.page('1_part/01_rope', notebook(cell('# T', 'markdown'), cell(last, 'markdown')), {})['cells']]
+        assert len(said)==2 and said[1].count('../explorers/rope/index.html')==2 and said[1].index('iframe')<said[1].index(last[-12:])
+    assert 'iframe' in build.page('1_part/01_rope', notebook(cell('# T', 'markdown')), {})['cells'][-1]['source']
+    assert 'iframe' not in str(build.page('1_part/02_mla', notebook(cell('# T\n\n## Recap', 'markdown')), {}))
 
 def test_names_become_links_once_and_only_in_prose():
     text = '# `f` here\n\n`f` and `f`, `g`, $a`f`b$, [`f`](x)\n\n```python\n`f`\n```'
@@ -42,32 +42,33 @@ def test_names_become_links_once_and_only_in_prose():
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
 def test_install_cell_goes_into_every_copy(nb):
-    before,after = build.read(nb),build.with_install(build.read(nb))
+    before,after = build.read(nb),build.with_install(build.read(nb), build.name_of(nb))
     assert [c for c in after['cells'] if c.get('id')!='install']==before['cells']
     first = next(c for c in after['cells'] if c['cell_type']=='code')
     assert first['id']=='install' and build.GIT in first['source']
+    assert first['source'].endswith(f'course/nbs/{build.name_of(nb)}'.removesuffix('/'+nb.stem))
 
 def test_install_cell_does_nothing_elsewhere(monkeypatch):
     from IPython.core.inputtransformer2 import TransformerManager
     monkeypatch.delenv('COLAB_RELEASE_TAG', raising=False)
-    exec(compile(TransformerManager().transform_cell(build.INSTALL), 'install', 'exec'), {})   # elsewhere there is no get_ipython either
+    exec(compile(TransformerManager().transform_cell(build.install('1_part/01_x')), 'install', 'exec'), {})   # elsewhere there is no get_ipython either
 
 def test_missing_npm_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     with pytest.raises(SystemExit, match='^build.py: npm is missing; .*--cdn$'): build.fetch_mathjax(tmp_path/'mathjax')
 
 def test_source_links_stand_on_the_line_that_defines_the_name():
-    lessons = {m: (f.stem, build.title(nb), nb) for f in build.chapters() if (m := build.exports(nb := build.read(f)))}
+    lessons = {m: (build.name_of(f), build.title(nb), nb) for f in build.chapters() if (m := build.exports(nb := build.read(f)))}
     names,pages = api.pages(ROOT, build.GIT, lessons)
     found = 0
     for module,text in pages.items():
-        lines = (ROOT/f'nanowhale/{module}.py').read_text(encoding='utf-8').splitlines()
-        for name,at in re.findall(rf'^##+ `([\w.]+)`\n\n[^\n]*\n\[source\]\({build.GIT}/blob/main/nanowhale/{module}\.py#L(\d+)\)', text, flags=re.M):
+        lines = (ROOT/f'nanowhale/{module.replace(".", "/")}.py').read_text(encoding='utf-8').splitlines()
+        for name,at in re.findall(rf'^##+ `([\w.]+)`\n\n[^\n]*\n\[source\]\({build.GIT}/blob/main/nanowhale/{module.replace(".", "/")}\.py#L(\d+)\)', text, flags=re.M):
             assert re.search(rf'\b{name.split(".")[-1]}\b', lines[int(at)-1]), f'{module}.{name}'
             found += 1
         public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', '\n'.join(lines), flags=re.M|re.S)[1])
         assert set(public)<={*re.findall(r'^## `(\w+)`', text, flags=re.M)}, module
-    assert found>250 and 'sinkhorn' in names
+    assert found>250 and names['sinkhorn']=='function-model-hyper-sinkhorn'
 
 def test_comments_become_tables():
     def f(x:int,  # how | many
@@ -79,7 +80,7 @@ def test_comments_become_tables():
 
 def test_stamp_sees_every_source(monkeypatch):
     before,read = build.stamp(),Path.read_bytes
-    for name in ('nbs/05_hyper.ipynb', 'nanowhale/hyper.py', 'nbs/site/conf.py', 'CHANGELOG.md'):
+    for name in ('nbs/1_architecture/09_hyper.ipynb', 'nanowhale/model/hyper.py', 'nbs/site/conf.py', 'CHANGELOG.md'):
         monkeypatch.setattr(Path, 'read_bytes', lambda p: read(p)+(b' ' if p==ROOT/name else b''))
         assert build.stamp()!=before, name
 
@@ -124,10 +125,11 @@ def test_every_link_leads_somewhere(site):
 @pytest.mark.slow
 def test_every_chapter_has_its_links_and_neighbours(site):
     for f in build.chapters():
-        text = (site/f'{f.stem}.html').read_text(encoding='utf-8')
-        assert f'{build.COLAB}/{f.name}"' in text and f'href="notebooks/{f.name}" download' in text, f.name
+        text = (site/f'{build.name_of(f)}.html').read_text(encoding='utf-8')
+        assert f'{build.COLAB}/{build.name_of(f)}.ipynb"' in text, f.name
+        assert f'href="../notebooks/{build.name_of(f)}.ipynb" download' in text, f.name
         assert 'class="prev-page"' in text and 'class="next-page"' in text, f.name
-        assert json.loads((site/'notebooks'/f.name).read_text(encoding='utf-8'))==build.with_install(build.read(f)), f.name
+        assert json.loads((site/f'notebooks/{build.name_of(f)}.ipynb').read_text(encoding='utf-8'))==build.with_install(build.read(f), build.name_of(f)), f.name
 
 @pytest.fixture(scope='module')
 def tab(site):
@@ -157,12 +159,12 @@ def test_page_in_a_browser(tab, page, width, dark):
 
 @pytest.mark.slow
 def test_formulas_need_no_network(tab):
-    tab.open(f'{tab.home_page}/05_hyper.html')
+    tab.open(f'{tab.home_page}/1_architecture/09_hyper.html')
     assert any('mathjax/tex-chtml-full.js' in u for u in tab.asked) and any(u.endswith('.woff') for u in tab.asked)
 
 @pytest.mark.slow
 def test_search_finds_a_chapter_and_a_function(tab):
-    for word,page in (('sinkhorn', '05_hyper.html'), ('weights_loops', '05_hyper.html'), ('load_tokenizer', 'api/data.html')):
+    for word,page in (('sinkhorn', '09_hyper.html'), ('weights_loops', '09_hyper.html'), ('load_tokenizer', 'api/train.data.html')):
         tab.open(f'{tab.home_page}/search.html?q={word}')
         browser.Browser.until(lambda: tab.js('document.querySelectorAll("ul.search li").length'))
         assert any(page in h for h in tab.js('[...document.querySelectorAll("ul.search li a")].map(a => a.getAttribute("href"))')), word
@@ -170,7 +172,7 @@ def test_search_finds_a_chapter_and_a_function(tab):
 
 @pytest.mark.slow
 def test_dark_mode_can_be_chosen_and_figures_stay_readable(tab):
-    tab.open(f'{tab.home_page}/05_hyper.html')
+    tab.open(f'{tab.home_page}/1_architecture/09_hyper.html')
     paper = 'getComputedStyle(document.body).backgroundColor'
     light = tab.js(paper)
     click = 'document.querySelector(".theme-toggle-content .theme-toggle").click() ?? document.body.dataset.theme'

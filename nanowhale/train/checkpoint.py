@@ -31,10 +31,12 @@ def trainer_state(
     whale:Whale,   # the model
     opts:list,     # its optimizers
 ) -> dict[str, Tensor]:
-    "Every tensor an optimizer keeps, under `optimizer.parameter.key`, and the state of torch's random numbers"
+    "Every tensor of the optimizers, as `optimizer.parameter.key`, and the random numbers' state"
     names = {id(p): n for n,p in whale.named_parameters()}
     states = [(f'{i}.{names[id(p)]}', s) for i,opt in enumerate(opts) for p,s in opt.state.items()]
-    return {f'{name}.{k}': whole(torch.as_tensor(v)).cpu() for name,s in states for k,v in s.items()} | dict(rng=torch.get_rng_state().int())
+    kept = {f'{name}.{k}': v for name,s in states for k,v in s.items()}
+    kept = {k: whole(torch.as_tensor(v)).cpu() for k,v in kept.items()}
+    return kept | dict(rng=torch.get_rng_state().int())
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #e58c02c4
 def load_trainer_state(
@@ -43,17 +45,25 @@ def load_trainer_state(
     state:dict[str, Tensor],    # from `trainer_state`
 ):
     "Put the optimizers and the random numbers back where they were"
-    params,numbers = dict(whale.named_parameters()),{str(i): opt for i,opt in enumerate(opts)}
+    params = dict(whale.named_parameters())
+    numbers = {str(i): opt for i,opt in enumerate(opts)}
     for name,v in state.items():
         if name=='rng': continue
         i,_,rest = name.partition('.')
         param,_,key = rest.rpartition('.')
-        opt,p = numbers.get(i),params.get(param)
-        if opt is None or p is None or v.ndim and v.shape!=p.shape: raise ValueError(f'{name!r:.80} of shape {list(v.shape)} is no state of these optimizers')
-        opt.state[p][key] = spread_as(v.to(p.device, copy=True), p) if v.ndim else v.clone()   # a step count stays on the CPU
-    if any(len({*map(frozenset, opt.state.values())})>1 for opt in opts): raise ValueError('the optimizers keep more of some parameters than of others')
+        opt = numbers.get(i)
+        p = params.get(param)
+        if opt is None or p is None or v.ndim and v.shape!=p.shape:
+            shape = list(v.shape)
+            raise ValueError(f'{name!r:.80} of shape {shape} is no state of these optimizers')
+        # a step count stays on the CPU
+        opt.state[p][key] = spread_as(v.to(p.device, copy=True), p) if v.ndim else v.clone()
+    if any(len({*map(frozenset, opt.state.values())})>1 for opt in opts):
+        raise ValueError('the optimizers keep more of some parameters than of others')
     try: torch.set_rng_state(state['rng'].byte())
-    except (KeyError, RuntimeError, TypeError): raise ValueError('the state of the random numbers is missing, or of another torch') from None
+    except (KeyError, RuntimeError, TypeError):
+        what = 'the state of the random numbers is missing, or of another torch'
+        raise ValueError(what) from None
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #c0c267e0
 def checkpoints(
@@ -104,17 +114,20 @@ def save_checkpoint(
 ) -> Path:         # the checkpoint's folder
     "Save everything at this step; in every process, of which the first one writes"
     folder = out/'checkpoints'/f'step-{state["step"]:08}'
-    weights,trainer = {k: whole(v) for k,v in whale.state_dict().items()},trainer_state(whale, opts)
+    weights = {k: whole(v) for k,v in whale.state_dict().items()}
+    trainer = trainer_state(whale, opts)
     if rank(): return folder
     def fill(f):
         Whale.from_state_dict(whale.cfg, weights).save_pretrained(f)
         tok.save_pretrained(f)
-        write_json(f/'generation_config.json', generation_config(whale, do_sample=True, temperature=0.7, top_k=40))
+        sampling = generation_config(whale, do_sample=True, temperature=0.7, top_k=40)
+        write_json(f/'generation_config.json', sampling)
         (f/'trainer').mkdir()
         save_file(trainer, f/'trainer'/'optimizer.safetensors')
         write_json(f/'trainer'/'state.json', state)
     try:
-        if (log := out/'metrics.jsonl').exists(): sync(log)      # the log never lags behind the weights
+        log = out/'metrics.jsonl'
+        if log.exists(): sync(log)                # the log never lags behind the weights
         if not folder.exists():
             with atomic_folder(folder) as f: fill(f)
         for f in folder.iterdir():
@@ -122,7 +135,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as e:
         last = checkpoints(out)
         kept = f'the last checkpoint is {last[-1]}' if last else 'there is no earlier checkpoint'
-        raise OSError(f'step {state["step"]} could not be saved ({first_line(e)}); {kept}. Mend that and go on with --resume') from None
+        raise OSError(f'step {state["step"]} could not be saved ({first_line(e)}); {kept}. '
+            'Mend that and go on with --resume') from None
     return folder
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #12c3f532
@@ -143,7 +157,7 @@ def noting_signals():  # yields a list of the signals that came
     def note(signum, frame):
         if signum==signal.SIGINT and noted: raise KeyboardInterrupt
         noted.append(signum)
-    main = threading.current_thread() is threading.main_thread()   # only there signals can be handled
+    main = threading.current_thread() is threading.main_thread()   # where signals are handled
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try: yield noted
     finally:
@@ -152,11 +166,13 @@ def noting_signals():  # yields a list of the signals that came
 # %% ../../nbs/2_training/20_checkpoint.ipynb #2845b34a
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop, and has saved what it did"
-    def __init__(self, what, signum): super().__init__(what); self.code = 128+signum   # exit code by convention
+    def __init__(self, what, signum):
+        super().__init__(what)
+        self.code = 128+signum   # exit code by convention
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #30c9b86f
 class Claim:
-    "The right to be the only process at work in a folder; it ends with the block, or with the process"
+    "The right to be the only process at work in a folder; it ends with the block, or the process"
     folder = held = None
     def __enter__(self): return self
     def __exit__(self, *_):
@@ -172,7 +188,8 @@ class Claim:
         self.held = os.open(out, os.O_RDONLY)
         try: fcntl.flock(self.held, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f'{out}: another run is at work in this folder; wait for it, stop it, or choose another with --out') from None
+            raise FileExistsError(f'{out}: another run is at work in this folder; '
+                'wait for it, stop it, or choose another with --out') from None
         except OSError: pass   # a file system without locks
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #c0bb83ce
@@ -180,7 +197,8 @@ def read_run(
     out:Path,   # a run's folder
 ) -> tuple[dict, Path|None]:  # run.json, and the latest checkpoint, if one was saved
     "What a run is, and how far it has come"
-    if not (out/'run.json').exists(): raise FileNotFoundError(f'{out} holds no run to go on with (no run.json)')
+    if not (out/'run.json').exists():
+        raise FileNotFoundError(f'{out} holds no run to go on with (no run.json)')
     folders = checkpoints(out)
     return read_json(out/'run.json'), folders[-1] if folders else None
 
@@ -192,16 +210,24 @@ def read_state(
     path = last/'trainer'/'state.json'
     state = read_json(path)
     def need(ok, what):
-        if not ok: raise ValueError(f'{path}: {what}; remove {last} to go on from the checkpoint before it')
-    count = lambda v: type(v) is int and 0<=v<2**53
-    for k in ('step', 'skipped', 'places', 'filled'): need(count(state.get(k)), f'{k!r} must be a whole number')
-    for k in ('seconds', 'waited'): need(type(state.get(k)) in (int, float), f'{k!r} must be a number')
-    best,at = state.get('best'),state.get('stream')
-    need(best is None or isinstance(best, list) and len(best)==2 and count(best[0]) and type(best[1]) in (int, float), "'best' must be a step and its loss")
-    need(isinstance(at, dict) and 'at' in at and count(at.get('number')) and count(at.get('used')), "'stream' must say which block and row come next")
-    at = at.get('at')
-    need(at is None or isinstance(at, dict) and count(at.get('epoch')) and isinstance(at.get('source'), (dict, type(None))),
-        "'stream' has no place in the text")
+        if not ok:
+            raise ValueError(f'{path}: {what}; '
+                f'remove {last} to go on from the checkpoint before it')
+    def count(v): return type(v) is int and 0<=v<2**53
+    def number(v): return type(v) in (int, float)
+    for k in ('step', 'skipped', 'places', 'filled'):
+        need(count(state.get(k)), f'{k!r} must be a whole number')
+    for k in ('seconds', 'waited'): need(number(state.get(k)), f'{k!r} must be a number')
+    best = state.get('best')
+    pair = isinstance(best, list) and len(best)==2 and count(best[0]) and number(best[1])
+    need(best is None or pair, "'best' must be a step and its loss")
+    at = state.get('stream')
+    counted = isinstance(at, dict) and count(at.get('number')) and count(at.get('used'))
+    need(counted and 'at' in at, "'stream' must say which block and row come next")
+    at = at['at']
+    place = isinstance(at, dict) and count(at.get('epoch'))
+    source = place and isinstance(at.get('source'), (dict, type(None)))
+    need(at is None or source, "'stream' has no place in the text")
     return state
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #45d8379c
@@ -218,7 +244,8 @@ def read_metrics(
             try: rows.append(json.loads(line))
             except (ValueError, RecursionError): rows.append(None)
             if not isinstance(rows[-1], dict) or type(rows[-1].get('step')) is not int:
-                raise ValueError(f'{path}: line {len(rows)} is damaged; move the file away to go on without the figures of earlier steps')
+                raise ValueError(f'{path}: line {len(rows)} is damaged; '
+                    'move the file away to go on without the figures of earlier steps')
     return rows
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #68dc522b

@@ -87,7 +87,7 @@ def members(cls, lines):
 
 def page(module, lesson, root, git):
     "The reference page of one module"
-    mod,file = importlib.import_module(f'nanowhale.{module}'),f'nanowhale/{module}.py'
+    mod,file = importlib.import_module(f'nanowhale.{module}'),f'nanowhale/{module.replace(".", "/")}.py'
     code = (root/file).read_text(encoding='utf-8')
     lines,chapter,heading,nb = definitions(ast.parse(code)),*lesson
     taught,text = sections(nb),code.splitlines()
@@ -112,11 +112,12 @@ def page(module, lesson, root, git):
     return '\n\n'.join(out)+'\n'
 
 def pages(root, git, lessons):
-    "Name -> reference for all exported names but those that two modules share, and module -> its page"
+    "Name -> reference for all exported names but those that two modules share, where a plain one of the model counts; and module -> its page"
     import sys
     sys.path.insert(0, str(root))
     texts = {m: page(m, lesson, root, git) for m,lesson in lessons.items()}
     names = {}
     for m in lessons:
-        for n in importlib.import_module(f'nanowhale.{m}').__all__: names.setdefault(n, []).append(reference(m, n))
-    return {n: refs[0] for n,refs in names.items() if len(refs)==1}, texts
+        for n in importlib.import_module(f'nanowhale.{m}').__all__: names.setdefault(n, []).append(m)
+    plain = {n: [m for m in at if m.startswith('model.')] or at for n,at in names.items()}
+    return {n: reference(at[0], n) for n,at in plain.items() if len(at)==1}, texts

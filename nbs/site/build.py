@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS,SITE,OUT,WORK = ROOT/'nbs', ROOT/'nbs/site', ROOT/'_site', ROOT/'_proc/site'
 SRC = WORK/'src'
 MATHJAX = '3.2.2'
-PARTS = {'The model': range(10), 'Training it, using it': range(10, 21), 'What came of it': range(21, 100)}   # chapter numbers
+PARTS = {'1_architecture': 'The architecture', '2_training': 'Training', '3_generation': 'Generation', '4_speed': 'Speed',
+    '5_evidence': 'Evidence', '6_beyond': 'Beyond', 'appendix': 'Appendix'}   # folder -> what it is called
+PAGES = dict(CONTRIBUTING='CONTRIBUTING.md', TESTS='tests/README.md', CHANGELOG='CHANGELOG.md')   # of the site -> files
 EXPLORERS = dict(   # folder of nbs/site/explorers -> the chapter that shows it, and what it is called there
-    rope=('01_rope', 'only the distance counts'), sinkhorn=('05_hyper', 'reins on a matrix'),
-    routing=('04_moe', 'who reads which token'), whale=('13_generate', 'a live whale'))
+    rope=('1_architecture/04_rope', 'only the distance counts'), sinkhorn=('1_architecture/09_hyper', 'reins on a matrix'),
+    routing=('1_architecture/08_moe', 'who reads which token'), whale=('3_generation/24_sample', 'a live whale'))
 
 def settings():
     ini = ConfigParser(interpolation=None)
@@ -27,19 +29,20 @@ def settings():
 
 GIT = settings()['git_url']
 COLAB = GIT.replace('github.com', 'colab.research.google.com/github')+'/blob/colab'   # the branch that docs.yml writes
-INSTALL = f"""import os
+INSTALL = f"""import os, sys
 if 'COLAB_RELEASE_TAG' in os.environ:   # on Colab: fetch the course, install it, work in its folder
     !git clone -q --depth 1 {GIT} course && pip install -q ./course
-    %cd -q course/nbs"""
+    sys.path.insert(0, os.path.abspath('course'))   # where nanowhale.course is, which the wheel leaves out
+    %cd -q course/nbs/FOLDER"""
 
-def chapters(): return sorted(p for p in NBS.glob('[!.]*.ipynb') if p.stem!='index')
+def chapters(): return sorted(p for part in PARTS for p in NBS.glob(f'{part}/[!.]*.ipynb'))
 def solutions(): return sorted(NBS.glob('solutions/[!.]*.ipynb'))
 def name_of(path): return path.relative_to(NBS).with_suffix('').as_posix()
 def shown(): return {name: at for name,at in EXPLORERS.items() if (SITE/'explorers'/name/'index.html').exists()}
 
 def stamp():
     "One number for all that the site is made of: it tells whether _site/ is still true"
-    files = [*NBS.rglob('*.ipynb'), *(ROOT/'nanowhale').glob('*.py'), *SITE.rglob('*'), *(ROOT/n for n in ('settings.ini', 'CONTRIBUTING.md', 'CHANGELOG.md'))]
+    files = [*NBS.rglob('*.ipynb'), *(ROOT/'nanowhale').rglob('*.py'), *SITE.rglob('*'), *(ROOT/n for n in ('settings.ini', *PAGES.values()))]
     h = hashlib.sha256()
     for f in sorted(f for f in files if f.is_file() and not {'__pycache__', 'node_modules', '.ipynb_checkpoints'} & {*f.parts}):
         h.update(f.relative_to(ROOT).as_posix().encode()+b'\0'+f.read_bytes())
@@ -51,13 +54,15 @@ def read(path): return json.loads(path.read_text(encoding='utf-8'))
 def source(cell): return ''.join(cell['source'])
 def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
 
-def with_install(nb):
+def install(name): return INSTALL.replace('FOLDER', name.rpartition('/')[0]).rstrip('/')
+
+def with_install(nb, name):
     "A copy of a notebook that can be opened anywhere: its first code cell fetches the course if this is Colab"
     cells,first = list(nb['cells']),1 if nb['cells'][0]['cell_type']=='markdown' else 0
-    cells.insert(first, dict(cell_type='code', metadata={}, source=INSTALL, outputs=[], execution_count=None, id='install'))
+    cells.insert(first, dict(cell_type='code', metadata={}, source=install(name), outputs=[], execution_count=None, id='install'))
     return nb | dict(cells=cells)
 
-def exports(nb): return next((m[1] for c in nb['cells'] if (m := re.match(r'#\|\s*default_exp\s+(\w+)', source(c)))), None)
+def exports(nb): return next((m[1] for c in nb['cells'] if (m := re.match(r'#\|\s*default_exp\s+([\w.]+)', source(c)))), None)
 
 def links(name, module):
     "The row of links below a chapter's title"
@@ -67,9 +72,9 @@ def links(name, module):
     if module: row.append(f'<a href="{up}api/{module}.html">nanowhale.{module}</a>')
     return '<p class="links">'+'\n'.join(row)+'</p>'
 
-def explorer(name, title):
+def explorer(name, title, at):
     "The section that shows an explorer inside its chapter"
-    page = f'explorers/{name}/index.html'
+    page = f'{"../"*at.count("/")}explorers/{name}/index.html'
     return (f'## Try it: {title}\n\n<iframe class="explorer" src="{page}" title="{title}" loading="lazy"></iframe>\n'
         f'<p class="links"><a href="{page}">On a page of its own</a></p>\n\n')
 
@@ -85,7 +90,7 @@ def link_names(text, names, seen):
 def page(name, nb, names):
     "A notebook as the site shows it: no directives, exported source in sight, links, an alternative text for each figure"
     cells,heading,seen,module = [],'',set(),exports(nb)
-    parts = ''.join(explorer(k, title) for k,(at,title) in shown().items() if at==name)
+    parts = ''.join(explorer(k, title, at) for k,(at,title) in shown().items() if at==name)
     for i,c in enumerate(nb['cells']):
         text = source(c)
         said = dict((m+' ').split(':', 1) if ':' in m else (m, '') for m in re.findall(r'^#\|\s*(.*?)\s*$', text, flags=re.M))
@@ -112,13 +117,13 @@ def title(nb): return re.search(r'^# (.*)', source(nb['cells'][0]), flags=re.M)[
 def toctree(caption, lines): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n'+'\n'.join(lines)+'\n```'
 
 def contents(modules):
-    "The navigation: chapters by their numbers, then the reference and the project's own pages"
+    "The navigation: chapters by their parts, then the reference and the project's own pages"
     trees = []
-    for part,numbers in PARTS.items():
-        at = [f for f in chapters() if int(f.stem[:2]) in numbers]
-        if at: trees.append(toctree(part, [f'{f.stem[:2]} {title(read(f))} <{f.stem}>' for f in at]))
+    for part,caption in PARTS.items():
+        at = [f for f in chapters() if f.parent.name==part]
+        if at: trees.append(toctree(caption, [f'{f.stem[:2]} {title(read(f))} <{name_of(f)}>' for f in at]))
     if solutions(): trees.append(toctree('Solutions', [f'{title(read(f))} <{name_of(f)}>' for f in solutions()]))
-    return markdown('\n\n'.join([*trees, toctree('Reference', [f'{m} <api/{m}>' for m in modules]), toctree('The project', ['CONTRIBUTING', 'CHANGELOG'])]))
+    return markdown('\n\n'.join([*trees, toctree('Reference', [f'{m} <api/{m}>' for m in modules]), toctree('The project', list(PAGES))]))
 
 # ---------------------------------------------------------------- the whole
 
@@ -128,19 +133,21 @@ def write(path, text):
 
 def write_notebooks(folder):
     for f in [NBS/'index.ipynb', *chapters(), *solutions()]:
-        write(folder/f.relative_to(NBS), json.dumps(with_install(read(f)), indent=1, ensure_ascii=False)+'\n')
+        write(folder/f.relative_to(NBS), json.dumps(with_install(read(f), name_of(f)), indent=1, ensure_ascii=False)+'\n')
 
 def write_sources():
     "All that Sphinx reads, in SRC"
     import api
     shutil.rmtree(SRC, ignore_errors=True)
-    names,pages = api.pages(ROOT, GIT, {m: (f.stem, title(nb), nb) for f in chapters() if (m := exports(nb := read(f)))})
+    names,pages = api.pages(ROOT, GIT, {m: (name_of(f), title(nb), nb) for f in chapters() if (m := exports(nb := read(f)))})
     for m,text in pages.items(): write(SRC/f'api/{m}.md', text)
     for f in [*chapters(), *solutions()]: write(SRC/f.relative_to(NBS), json.dumps(page(name_of(f), read(f), names)))
     home = page('index', read(NBS/'index.ipynb'), names)
     home['cells'].append(contents(sorted(pages)) | dict(id='contents'))
     write(SRC/'index.ipynb', json.dumps(home).replace('../CONTRIBUTING.md', 'CONTRIBUTING.md'))
-    for f in ('CONTRIBUTING.md', 'CHANGELOG.md'): shutil.copy(ROOT/f, SRC)
+    for name,path in PAGES.items():
+        text = (ROOT/path).read_text(encoding='utf-8')
+        write(SRC/f'{name}.md', text.replace('(tests/README.md)', '(TESTS.md)').replace('(../CONTRIBUTING.md)', '(CONTRIBUTING.md)'))
     if (NBS/'images').is_dir(): shutil.copytree(NBS/'images', SRC/'images')
 
 def need(program, why):

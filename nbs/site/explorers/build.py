@@ -11,9 +11,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 import torch
-from nanowhale.train.data import load_tokenizer
-from nanowhale.model.whale import Whale, geometry
+from nanowhale.model.config import SWA
+from nanowhale.model.visibility import views, whole_rows
 from nanowhale.model.mtp import next_embeddings
+from nanowhale.model.whale import Whale
+from nanowhale.train.data import load_tokenizer
 
 SENTENCE = 'If the file cannot be opened, an exception is raised; otherwise the method returns a new string object.'
 FACTS = ('held-out loss, nats per token', 'held-out bits per byte', 'held-out token accuracy', 'targets seen in training')
@@ -30,7 +32,8 @@ def second(whale, ids):
     "[T-1,V]: at token i, told token i+1, what the MTP block says of token i+2"
     ids = torch.tensor([ids])
     e,X = whale.model.embed_tokens(ids),whale.eval()(ids).streams
-    return whale.lm_head(whale.mtp[0](X, next_embeddings(e), *geometry(whale.cfg, ids))[0])[0,:-1]
+    rope,mask = views(whale.cfg, whole_rows(whale.cfg, ids, None))[SWA]
+    return whale.lm_head(whale.mtp[0](X, next_embeddings(e), rope, mask)[0])[0,:-1]
 
 def export(
     model,                # folder of a trained whale
