@@ -1,6 +1,7 @@
-"""Every check of tests/tools/bugs.py is green on the healthy code, and red on the bug it is there for"""
+"""Every check of tests/tools/bugs.py is green on the healthy code, and red on the bug it is there for; mutate.py finds its places"""
 import sys
 import pytest
+import mutate
 from bugs import BUGS, CHECKS, planted, red, same_as_transformers
 
 
@@ -20,3 +21,10 @@ def test_bugs_are_taken_back():
 
 def test_every_check_is_needed():
     assert set(CHECKS)==({b.check for b in BUGS} | {same_as_transformers})
+
+def test_small_mistakes_can_be_planted(monkeypatch):
+    "Each text that tests/tools/mutate.py would change is there, once"
+    assert list(mutate.misplaced())==[]
+    monkeypatch.setattr(mutate, 'MUTANTS', [('model.rope', 'no such text', ''), ('model.gone', 'x', 'y'), ('model.rope', 'def ', '')])
+    wrong = list(mutate.misplaced())
+    assert len(wrong)==4 and all('once' in w or 'model.gone' in w for w in wrong)

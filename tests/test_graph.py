@@ -3,33 +3,33 @@ import shutil
 from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
-from nanowhale.fast import graph
-from nanowhale.fast import products as linear
-from nanowhale.model import moe
-from nanowhale.cli import main
 from nanowhale.model.config import CSA, HCA, SWA
 from nanowhale.presets import tiny
-from nanowhale.train.evaluate import evaluating
-from nanowhale.generate.sample import generate, left_pad, next_logits
-from nanowhale.fast.graph import Decoder, one_step
-from nanowhale.generate.cache import Cache
 from nanowhale.model.whale import Whale
 from nanowhale.train.optim import make_optimizers
 from nanowhale.train.recipe import Recipe
 from nanowhale.train.step import train_step
+from nanowhale.train.evaluate import evaluating
+from nanowhale.generate.cache import Cache
+from nanowhale.generate.sample import generate, left_pad, next_logits
+from nanowhale.fast import experts, graph, products
+from nanowhale.fast.graph import Decoder, one_step
+from nanowhale.fast.kernels import use
+from nanowhale.cli import main
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
 
-def small(window=9, layers=2, **changes):
+def small(window=9, layers=2, kernels='fast', **changes):
     "A whale of odd sizes whose weights are large enough for every part to matter"
     torch.manual_seed(window)
-    sizes = dict(vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0, initializer_range=0.2, hc_sinkhorn_iters=2)
-    return Whale(replace(tiny(), **sizes | changes)).double()
+    sizes = dict(vocab_size=97, sliding_window=window, num_hidden_layers=layers, num_nextn_predict_layers=0,
+        initializer_range=0.2, hc_sinkhorn_iters=2)
+    return use(Whale(replace(tiny(), **sizes | changes)).double(), kernels)
 
 def far_sighted(window=6, **changes):
     "The same with layers of every kind, blocks of 2 and of 5, and two entries for a query to choose"
-    rates = {CSA: 2, HCA: 5}
-    return small(window, 4, layer_types=(SWA, CSA, HCA, CSA), compress_rate_csa=rates[CSA], compress_rate_hca=rates[HCA], index_topk=2, **changes)
+    return small(window, 4, layer_types=(SWA, CSA, HCA, CSA), compress_rate_csa=2, compress_rate_hca=5,
+        index_topk=2, **changes)
 
 def logits(whale, ids, docs=None, prompt=3, decoder=None):
     "[B,T-prompt+1,V] with the ordinary step, or with a decoder after the prompt"
@@ -45,23 +45,23 @@ def plain(*args): return Decoder(*args, compile=False)
 
 @pytest.mark.parametrize('window', [1, 2, 9, 40])
 @pytest.mark.parametrize('prompt', [1, 3, 9, 20])
-@pytest.mark.parametrize('B', [1, 3])
-def test_the_step_with_fixed_shapes(window, prompt, B):
-    whale,ids = small(window),torch.randint(97, (B,31))
+@pytest.mark.parametrize('B,kernels', [(1, 'fast'), (3, 'fast'), (2, 'plain')])
+def test_the_step_with_fixed_shapes(window, prompt, B, kernels):
+    whale,ids = small(window, kernels=kernels),torch.randint(97, (B,31))
     assert_close(logits(whale, ids, prompt=prompt, decoder=plain), logits(whale, ids, prompt=prompt), atol=1e-10, rtol=1e-8)
 
 @pytest.mark.parametrize('window', [1, 6, 40])
-@pytest.mark.parametrize('B,prompt', [(1, 1), (1, 10), (3, 3), (3, 21)])
-def test_layers_that_compress(window, prompt, B, monkeypatch):
+@pytest.mark.parametrize('B,prompt,kernels', [(1, 1, 'fast'), (1, 10, 'fast'), (3, 3, 'fast'), (3, 21, 'fast'), (2, 7, 'plain')])
+def test_layers_that_compress(window, prompt, B, kernels, monkeypatch):
     monkeypatch.setattr(graph, 'LEAST', 8)
-    whale,ids = far_sighted(window),torch.randint(97, (B,39))
+    whale,ids = far_sighted(window, kernels=kernels),torch.randint(97, (B,39))
     assert_close(logits(whale, ids, prompt=prompt, decoder=plain), logits(whale, ids, prompt=prompt), atol=1e-10, rtol=1e-8)
 
 @pytest.mark.parametrize('changes', [dict(index_topk=100), dict(layer_types=(HCA,)*4), dict(layer_types=(CSA,)*4),
     dict(yarn_factor=4., yarn_context=16)], ids=str)
 def test_other_layers_that_compress(changes):
     whale,ids = far_sighted(6),torch.randint(97, (2,30))
-    whale = Whale(replace(whale.cfg, **changes)).double()
+    whale = use(Whale(replace(whale.cfg, **changes)).double())
     assert_close(logits(whale, ids, decoder=plain), logits(whale, ids), atol=1e-10, rtol=1e-8)
 
 @pytest.mark.parametrize('least', [1, 8, 256])
@@ -110,12 +110,12 @@ def test_a_decoder_needs_a_cache():
     with pytest.raises(ValueError, match='use_cache must be True'): generate(small(), torch.zeros(1, 3).long(), 2, use_cache=False, decoder=plain)
 
 def test_no_compiler_is_said(monkeypatch):
-    monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
     graph.compiled.cache_clear()
     with pytest.raises(ValueError, match='C\\+\\+ compiler'): graph.compiled('cpu')
 
 def test_no_compiler_ends_a_command_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(graph.shutil, 'which', lambda name: None)
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
     for words in (['train'], ['bench', '--preset', 'tiny', '--context', '16']):
         assert main([*words, '--compile', '--device', 'cpu', '--out', str(tmp_path/'out')])==1
         said = capsys.readouterr().err.strip().splitlines()
@@ -152,16 +152,16 @@ def test_compiled(B, dtype, changes):
 def test_sums(dtype):
     x,W,each = torch.randn(3, 5, 40, dtype=dtype),torch.randn(7, 40, dtype=dtype),torch.randn(3, 5, 7, 40, dtype=dtype)
     close = lambda a, b: assert_close(a.double(), b, atol=0.05 if dtype==torch.bfloat16 else 1e-4, rtol=1e-2 if dtype==torch.bfloat16 else 1e-5)
-    close(linear.sums(x, W), x.double()@W.double().mT)
-    close(linear.sums(x, each), (each.double()@x.double()[...,None])[...,0])
+    close(products.sums(x, W), x.double()@W.double().mT)
+    close(products.sums(x, each), (each.double()@x.double()[...,None])[...,0])
 
-def test_experts_job_by_job():
+def test_experts_each_for_itself():
     J,E,D,I = 5,3,8,6
     x,gu,down = torch.randn(J, D),torch.randn(E, 2*I, D),torch.randn(E, D, I)
     expert = torch.tensor([0, 0, 1, 2, 2])
-    assert_close(moe.each_for_itself(x, expert, gu, down, 1.), moe.one_by_one(x, torch.tensor([2, 1, 2]), gu, down, 1.), atol=1e-5, rtol=1e-5)
+    assert_close(experts.each_for_itself(x, expert, gu, down, 1.), experts.one_by_one(x, torch.tensor([2, 1, 2]), gu, down, 1.), atol=1e-5, rtol=1e-5)
     order = torch.tensor([3, 0, 4, 2, 1])
-    assert_close(moe.each_for_itself(x[order], expert[order], gu, down, 1.), moe.each_for_itself(x, expert, gu, down, 1.)[order])
+    assert_close(experts.each_for_itself(x[order], expert[order], gu, down, 1.), experts.each_for_itself(x, expert, gu, down, 1.)[order])
 
 @needs_compiler
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -172,7 +172,8 @@ def test_training_steps_of_a_compiled_whale(dtype):
         whale = small(layers=1, num_nextn_predict_layers=1, initializer_range=0.05).to(dtype)
         net = torch.compile(whale, dynamic=False) if compile else whale
         recipe = Recipe(steps=3, batch_size=2, accum=2, context=20, compile=compile)
-        opts,draw = make_optimizers(whale, recipe.lr, recipe.muon_lr),torch.Generator().manual_seed(0)
+        opts = [use(opt) for opt in make_optimizers(whale, recipe.lr, recipe.muon_lr)]
+        draw = torch.Generator().manual_seed(0)
         for step in range(3):
             rows = dict(input_ids=torch.randint(97, (4,21), generator=draw), docs=(torch.arange(21)>13).long().expand(4, -1).contiguous())
             yield train_step(net, whale, opts, rows, recipe, step)

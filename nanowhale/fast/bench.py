@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['alternate', 'ceilings', 'make_sides', 'adamw', 'training_job', 'Clock', 'decode_rate', 'prefill_job', 'step_memory',
-           'in_fresh_process', 'token_bytes', 'measure_training', 'measure_writing', 'bench', 'table', 'read_entries',
-           'add_to', 'there_and_back', 'profile_step']
+           'in_fresh_process', 'token_bytes', 'measure_training', 'measure_writing', 'of_ceiling', 'bench', 'table',
+           'read_entries', 'add_to', 'there_and_back', 'part_jobs', 'profile_step']
 
 # %% ../../nbs/4_speed/39_bench.ipynb #79053a21
 import json, time
@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -20,26 +21,26 @@ import torch
 from torch import Tensor, nn
 from ..model.config import SWA
 from ..presets import cache_bytes, count_flops, count_params, get_preset
-from ..train.evaluate import evaluating
-from ..generate.sample import generate, next_logits, whole_number
-from .graph import Decoder, need_compiler
+from ..model.visibility import views, whole_rows
 from ..model.hyper import collapse, mix
-from .products import product
-from ..generate.cache import Cache
-from ..model.whale import Whale
-from ..model.visibility import views
-from .loss import head_loss
 from ..model.mtp import shift_labels
+from ..model.whale import Whale
 from ..train.optim import make_optimizers
 from ..train.step import cast
+from ..train.evaluate import evaluating
 from ..train.loop import hardware, keep_freed_memory, peak_memory, pick_device
+from ..generate.cache import Cache
+from ..generate.sample import generate, next_logits, whole_number
+from .products import product
+from .kernels import use
+from .graph import Decoder, need_compiler
 
 # %% ../../nbs/4_speed/39_bench.ipynb #5835a5f2
 def alternate(
     jobs:dict,              # name -> function without arguments
     repeats:int,            # rounds that count, after one that does not
     device:torch.device|None=None,   # a GPU to wait for
-)->dict:                    # name -> seconds, the median
+) -> dict:                  # name -> seconds, the median
     "Time several jobs in turns, so that what the machine does meanwhile hits all alike"
     times = {name: [] for name in jobs}
     for _ in range(repeats+1):
@@ -55,13 +56,15 @@ def ceilings(
     device:torch.device,  # of which to ask
     repeats:int=5,        # see `alternate`
     side:int=None,        # of the matrices; None: 1,024 on a CPU, 8,192 on a GPU
-)->dict:                  # fp32 and bf16: FLOP/s of a large product; copy: bytes/s, read and written; read: bytes/s, summed
+) -> dict:                # fp32 and bf16: FLOP/s of a large product; copy and read: bytes/s
     "The machine's own limits, measured"
     n = side or (8192 if device.type=='cuda' else 1024)
-    pairs = {name: torch.randn(2, n, n, device=device, dtype=dtype) for name,dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items()}
+    fp32 = torch.randn(2, n, n, device=device)
+    bf16 = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
     block,to = torch.ones(2, 2**26, device=device)
-    jobs = {name: lambda ab=ab: product(*ab) for name,ab in pairs.items()} | dict(blas=lambda: pairs['fp32'][0]@pairs['fp32'][1].mT)
-    took = alternate(jobs | dict(copy=lambda: to.copy_(block), read=block.sum), repeats, device)
+    took = alternate(dict(
+        fp32=lambda: product(*fp32), bf16=lambda: product(*bf16), blas=lambda: fp32[0]@fp32[1].mT,
+        copy=lambda: to.copy_(block), read=block.sum), repeats, device)
     took['fp32'] = min(took['fp32'], took.pop('blas'))            # whichever library is faster
     bytes_moved = dict(copy=2*block.nbytes, read=block.nbytes)
     return {name: bytes_moved.get(name, 2*n**3)/s for name,s in took.items()}
@@ -74,21 +77,28 @@ def make_sides(
     peer:bool=True,        # transformers' as well?
     mtp:bool=False,        # with the MTP block?
     dtype:torch.dtype=torch.float32,  # of the weights
-)->dict:                   # name -> model: nanowhale, and transformers with equal weights
-    "A whale, and transformers' model with a copy of its weights"
+) -> dict:                 # name -> model: nanowhale, and transformers with equal weights
+    "A whale with the fast functions, and transformers' model with a copy of its weights"
     cfg = get_preset(preset, num_nextn_predict_layers=int(mtp))
-    if T>cfg.max_position_embeddings: raise ValueError(f'context={T}: {preset} reads at most {cfg.max_position_embeddings} tokens')
+    most = cfg.max_position_embeddings
+    if T>most: raise ValueError(f'context={T}: {preset} reads at most {most} tokens')
     torch.manual_seed(0)
-    whale = Whale(cfg).to(dtype)
+    whale = use(Whale(cfg)).to(dtype)
     sides = dict(nanowhale=whale)
     if peer and not mtp:
         sides['transformers'] = hf = whale.to_hf()
+        kept = hf._keep_in_fp32_modules_strict
         for name,p in hf.named_parameters():         # what its own loader would make of the weights
-            if not any(kept in name for kept in hf._keep_in_fp32_modules_strict): p.data = p.data.to(dtype)
-        if (cfg.hidden_size|cfg.moe_intermediate_size)%8==0: sides['transformers'].set_experts_implementation('grouped_mm')   # its fastest
+            if not any(part in name for part in kept): p.data = p.data.to(dtype)
+        if (cfg.hidden_size|cfg.moe_intermediate_size)%8==0:
+            hf.set_experts_implementation('grouped_mm')           # its fastest
     return {name: m.to(device) for name,m in sides.items()}
 
-def adamw(model): return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)   # the same one for both sides
+def adamw(
+    model:nn.Module,   # ours or transformers'
+) -> torch.optim.Optimizer:
+    "The same optimizer for both sides"
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
 # %% ../../nbs/4_speed/39_bench.ipynb #47eeefce
 def training_job(
@@ -102,18 +112,20 @@ def training_job(
         with cast(ids.device, precision): out = model(ids, labels=ids)
         mtp = getattr(out, 'mtp_loss', None)
         (out.loss if mtp is None else out.loss+0.3*mtp).backward()
-        for opt in opts: opt.step(); opt.zero_grad()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
         return out.loss.detach()
     return step
 
 # %% ../../nbs/4_speed/39_bench.ipynb #c725b36c
 class Clock:
-    "Notes when each token comes; a streamer for transformers' `generate`, an `on_token` for ours"
+    "Notes when each token comes; transformers' `generate` takes it as streamer, ours as `on_token`"
     def __init__(self): self.times = []
     def __call__(self, ids): self.times.append(time.perf_counter())
     def put(self, ids): self(ids)
     def end(self): pass
-    def rate(self)->float:   # tokens per second
+    def rate(self) -> float:   # tokens per second
         "Tokens per second once the first is there"
         return 1/median(b-a for a,b in zip(self.times[1:], self.times[2:]))
 
@@ -122,11 +134,14 @@ def decode_rate(
     ids:Tensor,       # [1,T] the prompt
     new:int,          # tokens to generate
     decoder=None,     # see `generate`
-)->float:             # tokens per second
+) -> float:           # tokens per second
     "How fast a model writes, greedily, with its cache"
     clock = Clock()
-    if isinstance(model, Whale): generate(model, ids, new, temperature=0, eos_token_id=None, on_token=clock, decoder=decoder)
-    else: model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=clock)
+    if isinstance(model, Whale):
+        generate(model, ids, new, temperature=0, eos_token_id=None, on_token=clock, decoder=decoder)
+    else:
+        model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
+            streamer=clock)
     return clock.rate()
 
 def prefill_job(
@@ -137,7 +152,8 @@ def prefill_job(
     def ours():
         with evaluating(model): return next_logits(model, ids, cache=Cache(model.cfg))
     def theirs():
-        with torch.inference_mode(): return model.eval()(ids, use_cache=True, logits_to_keep=1).logits[:,-1]
+        with torch.inference_mode():
+            return model.eval()(ids, use_cache=True, logits_to_keep=1).logits[:,-1]
     return ours if isinstance(model, Whale) else theirs
 
 # %% ../../nbs/4_speed/39_bench.ipynb #d5423518
@@ -147,14 +163,15 @@ def step_memory(
     device:str,     # where to run
     B:int, T:int,   # rows and context
     precision:str,  # of the matrix products
-)->int:             # MiB
+) -> int:           # MiB
     "Peak memory of a process that takes one training step"
     keep_freed_memory()
     device = torch.device(device)
     model = make_sides(preset, device, T, peer=name=='transformers').pop(name)
-    ids = torch.randint(0, model.config.vocab_size if name=='transformers' else model.cfg.vocab_size, (B,T), device=device)
-    step = training_job(model, [adamw(model)], ids, precision)
-    step(); step()
+    V = model.lm_head.weight.shape[0]
+    step = training_job(model, [adamw(model)], torch.randint(0, V, (B,T), device=device), precision)
+    step()
+    step()
     return peak_memory(device)
 
 # %% ../../nbs/4_speed/39_bench.ipynb #a86f41d9
@@ -163,17 +180,19 @@ def in_fresh_process(
     *args, # plain values
 ):
     "Call a function in a new process, and return what it returns"
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool: return pool.submit(f, *args).result()
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        return pool.submit(f, *args).result()
 
 # %% ../../nbs/4_speed/39_bench.ipynb #607a1882
 def token_bytes(
     cfg,               # a `WhaleConfig`
     T:int,             # tokens in the cache
     per_number:int,    # bytes of a number
-)->int:
-    "Bytes that decoding one token must read: the weights that it visits, one row of the embedding, its cache"
+) -> int:
+    "Bytes that decoding a token must read: weights that it visits, one row of a table, its cache"
     n = count_params(cfg, active=True)
-    return (sum(n.values())-n['mtp']-n['embed']+cfg.hidden_size)*per_number+cache_bytes(cfg, T, per_number)
+    visited = sum(n.values())-n['mtp']-n['embed']+cfg.hidden_size
+    return visited*per_number+cache_bytes(cfg, T, per_number)
 
 # %% ../../nbs/4_speed/39_bench.ipynb #918659ab
 def measure_training(
@@ -183,14 +202,18 @@ def measure_training(
     repeats:int,         # see `alternate`
     device:torch.device, # where the models are
     compile:bool=False,  # a compiled copy of the whale, too?
-)->tuple:                # losses before the first step, and tokens per second, by name
+) -> tuple:              # losses before the first step, and tokens per second, by name
     "Training steps of several models in turns"
-    if compile: sides = sides | {'nanowhale compiled': torch.compile(deepcopy(sides['nanowhale']), dynamic=False)}
+    if compile:
+        net = torch.compile(deepcopy(sides['nanowhale']), dynamic=False)
+        sides = sides | {'nanowhale compiled': net}
     V = next(iter(sides.values())).lm_head.weight.shape[0]
-    ids = torch.randint(0, V, (B,T), device=device, generator=torch.Generator(device).manual_seed(1))
+    draw = torch.Generator(device).manual_seed(1)
+    ids = torch.randint(0, V, (B,T), device=device, generator=draw)
     jobs = {name: training_job(m, [adamw(m)], ids, precision) for name,m in sides.items()}
     losses = {name: round(job().item(), 5) for name,job in jobs.items()}
-    return losses, {name: round(B*T/s, 1) for name,s in alternate(jobs, repeats, device).items()}
+    took = alternate(jobs, repeats, device)
+    return losses, {name: round(B*T/s, 1) for name,s in took.items()}
 
 # %% ../../nbs/4_speed/39_bench.ipynb #aa4da9af
 def measure_writing(
@@ -200,18 +223,71 @@ def measure_writing(
     repeats:int,         # see `alternate`
     device:torch.device, # where the models are
     compile:bool=False,  # decode by a compiled step, too?
-)->tuple:                # tokens per second of prefill and of decoding, by name
+) -> tuple:              # tokens per second of prefill and of decoding, by name
     "Prefill and decoding of several models in turns"
     V = next(iter(sides.values())).lm_head.weight.shape[0]
-    ids = torch.randint(0, V, (1,T), device=device, generator=torch.Generator(device).manual_seed(2))
-    prefill = alternate({name: prefill_job(m, ids) for name,m in sides.items()}, repeats, device)
-    jobs = {name: (m,) for name,m in sides.items()} | ({'nanowhale compiled': (sides['nanowhale'], Decoder)} if compile else {})
+    draw = torch.Generator(device).manual_seed(2)
+    ids = torch.randint(0, V, (1,T), device=device, generator=draw)
+    took = alternate({name: prefill_job(m, ids) for name,m in sides.items()}, repeats, device)
+    jobs = {name: (m, None) for name,m in sides.items()}
+    if compile: jobs['nanowhale compiled'] = sides['nanowhale'], Decoder
     rates = {name: [] for name in jobs}
     for _ in range(max(2, repeats//2)):
-        for name,(m,*decoder) in jobs.items(): rates[name].append(decode_rate(m, ids[:,:prompt], new, *decoder))
-    return {name: round(T/s, 1) for name,s in prefill.items()}, {name: round(median(r), 2) for name,r in rates.items()}
+        for name,(m,decoder) in jobs.items():
+            rates[name].append(decode_rate(m, ids[:,:prompt], new, decoder))
+    prefill = {name: round(T/s, 1) for name,s in took.items()}
+    return prefill, {name: round(median(r), 2) for name,r in rates.items()}
 
 # %% ../../nbs/4_speed/39_bench.ipynb #2a661675
+def of_ceiling(
+    res:dict,      # figures of `bench`, tokens per second
+    cfg,           # a `WhaleConfig`, without MTP
+    top:dict,      # from `ceilings`
+    cached:int,    # tokens in the cache while decoding
+) -> dict:         # what -> name -> share of what the machine can do
+    "Useful work over the fastest product; for decoding, bytes to be read over memory's rate"
+    T = res['context']
+    peak = top[res['dtype']]
+    memory = max(top['copy'], top['read'])
+    needed = token_bytes(cfg, cached, 2 if res['dtype']=='bf16' else 4)
+    def work(cfg): return sum(count_flops(cfg, T).values())
+    head = 2*cfg.hidden_size*cfg.vocab_size
+    mtp = replace(cfg, num_nextn_predict_layers=1)
+    share = dict(
+        training={k: 3*work(mtp if 'MTP' in k else cfg)*v/peak for k,v in res['training'].items()},
+        prefill={k: (work(cfg)-head+head/T)*v/peak for k,v in res['prefill'].items()},
+        decoding={k: needed*v/memory for k,v in res['decoding'].items()})
+    return {what: {k: round(x, 3) for k,x in shares.items()} for what,shares in share.items()}
+
+def _measure(
+    preset:str,          # of the model
+    B:int, T:int,        # rows and context
+    precision:str,       # fp32 or bf16
+    new:int,             # tokens to decode
+    repeats:int,         # see `alternate`
+    device:torch.device, # where to run
+    compile:bool=False,  # our side compiled, too?
+) -> dict:               # the figures of one shape, without the profile
+    "Memory first, while the process that asks is small; then the rest, in turns"
+    memory = {name: in_fresh_process(step_memory, name, preset, str(device), B, T, precision)
+        for name in ('nanowhale', 'transformers')}
+    how = repeats, device
+    sides = make_sides(preset, device, T)
+    cfg = sides['nanowhale'].cfg
+    top = ceilings(device)
+    losses,training = measure_training(sides, B, T, precision, *how, compile)
+    _,with_mtp = measure_training(make_sides(preset, device, T, mtp=True), B, T, precision, *how)
+    training['nanowhale with MTP'] = with_mtp['nanowhale']
+    dtype = torch.bfloat16 if precision=='bf16' else torch.float32
+    sides = make_sides(preset, device, T, dtype=dtype)
+    prompt = min(128, T)
+    prefill,decoding = measure_writing(sides, T, prompt, new, *how, compile)
+    res = dict(preset=preset, dtype=precision, batch_size=B, context=T, hardware=hardware(device),
+        torch=torch.__version__, repeats=repeats,
+        ceilings={k: round(v/1e9, 1) for k,v in top.items()}, losses=losses,
+        training=training, prefill=prefill, decoding=decoding, memory=memory)
+    return res | dict(share=of_ceiling(res, cfg, top, prompt+new//2))
+
 def bench(
     preset:str='nanowhale_100m',  # size of the model: tiny, nanowhale_100m, tiny_v4, nanowhale_v4
     batch_size:int=1,             # rows of a training step
@@ -223,34 +299,20 @@ def bench(
     profile:bool=False,           # split a step by component, too
     compile:bool=False,           # our side compiled, too: minutes more
     out:str='bench.json',         # file to add the figures to
-)->dict:                          # the figures
+) -> dict:                        # the figures
     "Training, prefill, decoding and memory, beside transformers and beside the machine's limits"
     get_preset(preset)
-    sizes = dict(batch_size=batch_size, context=context, max_new_tokens=max_new_tokens, repeats=repeats)
-    for name,n in sizes.items(): whole_number(name, n, 1)
-    if precision not in ('fp32', 'bf16'): raise ValueError(f'precision={precision!r}: choose fp32 or bf16')
+    sizes = dict(batch_size=batch_size, context=context, max_new_tokens=max_new_tokens)
+    for name,n in (sizes | dict(repeats=repeats)).items(): whole_number(name, n, 1)
+    if precision not in ('fp32', 'bf16'):
+        raise ValueError(f'precision={precision!r}: choose fp32 or bf16')
     if out: read_entries(out)
     keep_freed_memory()
-    device,size,T = pick_device(device),(batch_size,context),context
+    device = pick_device(device)
     if compile: need_compiler(device.type)
-    bf16,args = precision=='bf16',(repeats, device)
-    memory = {name: in_fresh_process(step_memory, name, preset, str(device), *size, precision) for name in ('nanowhale', 'transformers')}
-    sides = make_sides(preset, device, T)
-    cfg,prompt,top = sides['nanowhale'].cfg,min(128, T),ceilings(device)
-    losses,train = measure_training(sides, *size, precision, *args, compile)
-    _,train['nanowhale with MTP'] = (d['nanowhale'] for d in measure_training(make_sides(preset, device, T, mtp=True), *size, precision, *args))
-    sides = make_sides(preset, device, T, dtype=torch.bfloat16 if bf16 else torch.float32)
-    prefill,decode = measure_writing(sides, T, prompt, max_new_tokens, *args, compile)
-    del sides
-    work = lambda c: sum(count_flops(c, T).values())
-    head,mtp = 2*cfg.hidden_size*cfg.vocab_size,replace(cfg, num_nextn_predict_layers=1)
-    share = dict(training={k: 3*work(mtp if 'MTP' in k else cfg)*v/top[precision] for k,v in train.items()},
-        prefill={k: (work(cfg)-head+head/T)*v/top[precision] for k,v in prefill.items()},
-        decoding={k: token_bytes(cfg, prompt+max_new_tokens//2, 2 if bf16 else 4)*v/max(top['copy'], top['read']) for k,v in decode.items()})
-    res = dict(preset=preset, dtype=precision, batch_size=batch_size, context=T, hardware=hardware(device), torch=torch.__version__, repeats=repeats,
-        ceilings={k: round(v/1e9, 1) for k,v in top.items()}, losses=losses, training=train, prefill=prefill, decoding=decode, memory=memory,
-        share={k: {n: round(x, 3) for n,x in v.items()} for k,v in share.items()})
-    if profile: res['profile'] = profile_step(preset, device, *size, precision, repeats)
+    shape = preset, batch_size, context, precision
+    res = _measure(*shape, max_new_tokens, repeats, device, compile)
+    if profile: res['profile'] = profile_step(preset, device, *shape[1:], repeats)
     print(table(res))
     if out: add_to(out, res)
     return res
@@ -258,29 +320,41 @@ def bench(
 # %% ../../nbs/4_speed/39_bench.ipynb #389cfa46
 def table(
     res:dict,  # from `bench`
-)->str:
+) -> str:
     "The figures as text"
     c = res['ceilings']
-    lines = [f"{res['preset']}, {res['batch_size']} x {res['context']}, {res['dtype']}, {res['hardware']}",
-        f"ceilings: {c['fp32']:,.0f} GFLOP/s fp32, {c['bf16']:,.0f} GFLOP/s bf16, {c['copy']:,.0f} GB/s copied, {c['read']:,.0f} GB/s read",
-        'loss before the first step: '+', '.join(f'{n} {x:.5f}' for n,x in res['losses'].items()), '',
+    losses = ', '.join(f'{n} {x:.5f}' for n,x in res['losses'].items())
+    lines = [
+        f"{res['preset']}, {res['batch_size']} x {res['context']}, "
+            f"{res['dtype']}, {res['hardware']}",
+        f"ceilings: {c['fp32']:,.0f} GFLOP/s fp32, {c['bf16']:,.0f} GFLOP/s bf16, "
+            f"{c['copy']:,.0f} GB/s copied, {c['read']:,.0f} GB/s read",
+        f'loss before the first step: {losses}', '',
         f"{'':10}{'':20}{'':>12}{'of ceiling':>14}{'x transformers':>16}"]
-    for what,unit in dict(training='tokens/s', prefill='tokens/s', decoding='tokens/s', memory='MiB').items():
+    rate = 'tokens/s'
+    for what,unit in dict(training=rate, prefill=rate, decoding=rate, memory='MiB').items():
         peer = res[what].get('transformers')
         for name,x in res[what].items():
             share = res['share'].get(what, {}).get(name)
-            beside = '' if share is None else format(share, '.0%'),format(x/peer, '.2f') if peer else ''
-            lines.append(f'{what:10}{name:20}{x:>12,.1f} {unit:8}{beside[0]:>5}{beside[1]:>16}')
-    if 'profile' in res: lines += ['']+[f'{part:12}{s*1000:>10.1f} ms {s/res["profile"]["step"]:>6.0%}' for part,s in res['profile'].items()]
+            of_top = '' if share is None else format(share, '.0%')
+            ratio = format(x/peer, '.2f') if peer else ''
+            lines.append(f'{what:10}{name:20}{x:>12,.1f} {unit:8}{of_top:>5}{ratio:>16}')
+    if 'profile' in res:
+        whole = res['profile']['step']
+        lines.append('')
+        for part,s in res['profile'].items():
+            lines.append(f'{part:12}{s*1000:>10.1f} ms {s/whole:>6.0%}')
     return '\n'.join(lines)
 
 # %% ../../nbs/4_speed/39_bench.ipynb #aed5484c
 def read_entries(
     path:str|Path,  # of a file that figures may be added to
 ) -> list[dict]:    # none, where there is no file yet
-    "What a results file holds, or one line that says why none can be there: asked before hours are spent on figures"
+    "What a results file holds, or one line that says why none can be there: before hours are spent"
     path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f'{path}: there is no folder {path.parent}; make it, or choose another file with --out')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'{path}: there is no folder {path.parent}; make it, '
+            'or choose another file with --out')
     if not path.exists(): return []
     if not path.is_file(): raise IsADirectoryError(f'{path} is a folder: name a file with --out')
     try: held = json.loads(path.read_text(encoding='utf-8'))
@@ -292,12 +366,12 @@ def read_entries(
 def add_to(
     path:str|Path,  # a JSON list; made if needed
     res:dict,       # from `bench`, or any other figures
-    same:tuple=('preset', 'dtype', 'batch_size', 'context', 'hardware'),   # what makes two entries of one kind
+    same:tuple=('preset', 'dtype', 'batch_size', 'context', 'hardware'),   # what makes a kind
 ):
     "Add figures to a file, in place of older ones of the same kind"
-    path,kind = Path(path),lambda r: [r.get(k) for k in same]
-    old = read_entries(path)
-    path.write_text(json.dumps([r for r in old if kind(r)!=kind(res)]+[res], indent=1)+'\n')
+    def kind(r): return [r.get(k) for k in same]
+    others = [r for r in read_entries(path) if kind(r)!=kind(res)]
+    Path(path).write_text(json.dumps([*others, res], indent=1)+'\n')
 
 # %% ../../nbs/4_speed/39_bench.ipynb #664d0703
 def there_and_back(
@@ -311,38 +385,57 @@ def there_and_back(
     return job
 
 # %% ../../nbs/4_speed/39_bench.ipynb #deaa94ef
+def part_jobs(
+    whale:Whale,   # with an MTP block
+    ids:Tensor,    # [B,T]
+) -> tuple:        # name -> job, forward and backward; name -> how often a step has it
+    "Each part of a whale alone; one layer of each kind stands for all of it"
+    cfg = whale.cfg
+    seen = views(cfg, whole_rows(cfg, ids, None), whale.see)
+    x = torch.randn(*ids.shape, cfg.hidden_size, device=ids.device)
+    X = torch.randn(*ids.shape, cfg.hc_mult, cfg.hidden_size, device=ids.device)
+    labels = shift_labels(ids, 1)
+    def attention(layer, view, x): return layer.self_attn(layer.input_layernorm(x), *view)
+    def moe(layer, x): return layer.mlp(layer.post_attention_layernorm(x), ids)[0]
+    def hyper(layer, X):
+        pre,post,comb = layer.attn_hc(X)
+        return mix(post, comb, X, collapse(pre, X))
+    def head(x): return whale.head_loss(x, whale.lm_head.weight, labels)
+    def mtp(X, x): return whale.mtp[0](X, x, *seen[SWA])[0]
+    jobs = {('head',): there_and_back(head, x), ('mtp',): there_and_back(mtp, X, x)}
+    times = {('head',): 1, ('mtp',): 1}
+    for kinds,n in Counter(cfg.kinds).items():
+        layer = whale.model.layers[cfg.kinds.index(kinds)]
+        jobs |= {
+            ('attention', *kinds): there_and_back(partial(attention, layer, seen[kinds[0]]), x),
+            ('moe', *kinds): there_and_back(partial(moe, layer), x),
+            ('hyper', *kinds): there_and_back(partial(hyper, layer), X)}
+        times |= {('attention', *kinds): n, ('moe', *kinds): n, ('hyper', *kinds): 2*n}
+    return jobs, times
+
 def profile_step(
     preset:str,            # of the model
     device:torch.device,   # where to run
     B:int, T:int,          # rows and context
     precision:str,         # of the matrix products
     repeats:int,           # see `alternate`
-)->dict:                   # part -> seconds in one training step; `step` is all of it
+) -> dict:                 # part -> seconds in one training step; `step` is all of it
     "A training step of the whole whale, MTP included, split by component"
     whale = make_sides(preset, device, T, mtp=True)['nanowhale']
-    cfg,opts = whale.cfg,make_optimizers(whale, 1e-5, 1e-5)
-    ids = torch.randint(0, cfg.vocab_size, (B,T), device=device)
-    seen = views(cfg, ids)
-    x,X = torch.randn(B, T, cfg.hidden_size, device=device),torch.randn(B, T, cfg.hc_mult, cfg.hidden_size, device=device)
+    opts = [use(opt) for opt in make_optimizers(whale, 1e-5, 1e-5)]
+    ids = torch.randint(0, whale.cfg.vocab_size, (B,T), device=device)
     step = training_job(whale, [], ids, precision)
     step()
-    def hyper(hc, X):
-        pre,post,comb = hc(X)
-        return mix(post, comb, X, collapse(pre, X))
-    parts = dict(head=there_and_back(lambda x: head_loss(x, whale.lm_head.weight, shift_labels(ids, 1)), x),
-        mtp=there_and_back(lambda X, x: whale.mtp[0](X, x, *seen[SWA])[0], X, x))
-    times = dict(head=1, mtp=1, optimizer=1)
-    for (kind,mlp),n in Counter(cfg.kinds).items():           # one layer of each kind stands for all of it
-        layer = whale.model.layers[cfg.kinds.index((kind, mlp))]
-        for part,job in dict(attention=there_and_back(lambda x, l=layer, v=seen[kind]: l.self_attn(l.input_layernorm(x), *v), x),
-                moe=there_and_back(lambda x, l=layer: l.mlp(l.post_attention_layernorm(x), ids)[0], x),
-                hyper=there_and_back(lambda X, l=layer: hyper(l.attn_hc, X), X)).items():
-            parts[part,kind,mlp],times[part,kind,mlp] = job,2*n if part=='hyper' else n
-    def cast_job(job):
+    def optimizer():
+        for opt in opts: opt.step()
+    def rounded(job):
         with cast(device, precision): job()
-    jobs = {name: lambda job=job: cast_job(job) for name,job in parts.items()} | dict(step=step, optimizer=lambda: [opt.step() for opt in opts])
-    took,res = alternate(jobs, repeats, device),dict(attention=0, moe=0, hyper=0, head=0, mtp=0, optimizer=0)
-    for name,n in times.items(): res[name[0] if isinstance(name, tuple) else name] += n*took[name]
+    parts,times = part_jobs(whale, ids)
+    jobs = {name: partial(rounded, job) for name,job in parts.items()}
+    took = alternate(jobs | dict(step=step, optimizer=optimizer), repeats, device)
+    res = dict(attention=0, moe=0, hyper=0, head=0, mtp=0, optimizer=took['optimizer'])
+    for name,n in times.items(): res[name[0]] += n*took[name]
     res['mtp'] += res['head']
     whole = took['step']+took['optimizer']
-    return {k: round(v, 5) for k,v in dict(**res, other=whole-sum(res.values()), step=whole).items()}
+    res['other'] = whole-sum(res.values())
+    return {k: round(v, 5) for k,v in dict(**res, step=whole).items()}

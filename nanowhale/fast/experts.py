@@ -15,23 +15,28 @@ from ..model.moe import expert_load, swiglu
 def fill(
     x:Tensor,     # [M,D] an expert's tokens
     step:int=32,  # rows; fewer are left as they are
-)->Tensor:        # [M',D]
-    "Rows of zeros up to the next multiple of `step`: a processor's kernels are made anew for every shape they have not met"
+) -> Tensor:      # [M',D]
+    "Rows of zeros up to a multiple of `step`: a CPU's kernels are made anew for every new shape"
     return F.pad(x, (0,0,0,-len(x)%step)) if len(x)>step and x.device.type=='cpu' else x
 
-def one_expert(x, gate_up, down, limit):
-    "One expert's output for its tokens x [M,D]"
+def one_expert(
+    x:Tensor,       # [M,D] an expert's tokens
+    gate_up:Tensor, # [2*I,D]
+    down:Tensor,    # [D,I]
+    limit:float,    # clamp of `swiglu`
+) -> Tensor:        # [M,D]
+    "One expert's output"
     h = swiglu(*linear(fill(x), gate_up).chunk(2, -1), limit)
     return linear(h, down)[:len(x)]
 
 @torch.compiler.disable     # its shapes follow the loads, which only the tensors know
 def one_by_one(
-    x:Tensor,       # [J,D] tokens, one for each expert that they chose, sorted by expert
+    x:Tensor,       # [J,D] assignments, sorted by expert: a token as often as it chose an expert
     load:Tensor,    # [E] how many each expert has
     gate_up:Tensor, # [E,2*I,D] the widening matrices of all experts, gate above up
     down:Tensor,    # [E,D,I] the narrowing ones
     limit:float,    # clamp of `swiglu`
-)->Tensor:          # [J,D]
+) -> Tensor:        # [J,D]
     "An expert after the other; those without a token are left out"
     parts = zip(x.split(load.tolist()), gate_up, down)
     return torch.cat([one_expert(*part, limit) for part in parts if len(part[0])] or [x[:0]])
@@ -43,7 +48,7 @@ def grouped(
     gate_up:Tensor,
     down:Tensor,
     limit:float,
-)->Tensor:          # [J,D] in bfloat16
+) -> Tensor:        # [J,D] in bfloat16
     "`one_by_one` in two calls, and nobody waits to be told the loads; products in bfloat16"
     ends = load.cumsum(0).int()
     h = F.grouped_mm(x.bfloat16(), gate_up.bfloat16().mT, offs=ends)
@@ -52,11 +57,12 @@ def grouped(
 def in_bf16(
     x:Tensor,    # [J,D] tokens
     down:Tensor, # [E,D,I] narrowing matrices
-)->bool:
-    "Will the products of `x` be in bfloat16, and is there a kernel for groups of them, which wants rows of whole 16 bytes?"
+) -> bool:
+    "Are products of `x` in bfloat16, and is there a kernel for groups? It wants rows of 16 bytes"
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype==torch.bfloat16 and hasattr(F, 'grouped_mm') and not any(n%8 for n in down.shape[-2:])
+    fits = not any(n%8 for n in down.shape[-2:])
+    return dtype==torch.bfloat16 and hasattr(F, 'grouped_mm') and fits
 
 # %% ../../nbs/4_speed/34_experts.ipynb #7a1c2e02
 def each_for_itself(
@@ -65,8 +71,8 @@ def each_for_itself(
     gate_up:Tensor, # as in `one_by_one`
     down:Tensor,
     limit:float,
-)->Tensor:          # [J,D]
-    "Every token reads its expert's matrices for itself: for a few tokens in a compiled step, where no copy of them is made"
+) -> Tensor:        # [J,D]
+    "Every token reads its expert's matrices for itself: for a few tokens in a compiled step"
     return sums(swiglu(*sums(x, gate_up[expert]).chunk(2, -1), limit), down[expert])
 
 def run_experts(
@@ -76,13 +82,14 @@ def run_experts(
     gate_up:Tensor, # as in `one_by_one`
     down:Tensor,
     limit:float,
-)->Tensor:          # [M,D]
+) -> Tensor:        # [M,D]
     "The plain `run_experts`: tokens sorted by expert, one matrix product per expert and matrix"
+    k = idx.shape[1]
     if torch.compiler.is_compiling() and idx.numel()<=2*len(down):
-        y = each_for_itself(x.repeat_interleave(idx.shape[1], 0), idx.flatten(), gate_up, down, limit)
+        y = each_for_itself(x.repeat_interleave(k, 0), idx.flatten(), gate_up, down, limit)
         return (y.view(*idx.shape, -1)*w[...,None]).sum(1).to(x.dtype)
     order = idx.flatten().argsort(stable=True)
-    token = order//idx.shape[1]
+    token = order//k
     run = grouped if x.is_cuda and in_bf16(x, down) else one_by_one
     y = run(x[token], expert_load(idx, len(down)), gate_up, down, limit)
     y = y*w.flatten()[order,None]

@@ -7,39 +7,49 @@ __all__ = ['LEAST', 'FixedRing', 'FixedMemory', 'entry_ends', 'one_block', 'one_
            'Decoder']
 
 # %% ../../nbs/4_speed/38_graph.ipynb #97ec9499
-import os, shutil
 from functools import cache
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..model.visibility import NEVER, Blocks, far_rope
 from ..model.config import SWA
-from ..generate.cache import Cache
 from ..model.rope import rope_cos_sin
+from ..model.visibility import NEVER, Blocks, far_rope
+from ..generate.cache import Cache
+from .kernels import cxx_compiler
 
 # %% ../../nbs/4_speed/38_graph.ipynb #6c4a1b02
 class FixedRing:
-    "A layer's `KVCache` for a compiled step: all of its slots, always, and a tensor says where the new key goes"
+    "A layer's `KVCache` for a compiled step: always all slots, and a tensor says where a key goes"
     def __init__(self,
         kv:Tensor,    # [B,S,K] slots, written in place
         slot:Tensor,  # [1] of the new token
         far:list=()): # `FixedMemory` of each of its compressors
-        self.kv,self.slot,self.far = kv,slot,far
+        self.kv = kv
+        self.slot = slot
+        self.far = far
+
     def extend(self, kv): return self.kv.index_copy_(1, self.slot, kv)   # [B,1,K] -> [B,S,K]
 
 # %% ../../nbs/4_speed/38_graph.ipynb #d1f7a3e1
 class FixedMemory:
-    "A compressor's `Memory` for a compiled step: room for all entries, and a tensor says to which one the new token belongs"
+    "A compressor's `Memory` for a compiled step: room for all entries; a tensor names the token's"
     def __init__(self,
-        tail:Tensor,     # [B,slots,2*series*W] values and logits of the last tokens, written in place
+        tail:Tensor,     # [B,slots,2*series*W] values, logits of the last tokens, written in place
         entries:Tensor,  # [B,C,W] written in place
         pos:Tensor,      # [1] position of the new token
         at:Tensor):      # [B] its entry
-        self.tail,self.entries,self.pos,self.at = tail,entries,pos,at
+        self.tail = tail
+        self.entries = entries
+        self.pos = pos
+        self.at = at
+
     def extend(self, x):
-        "Of the new token's [B,1,2*series*W] and those before it, as many as an entry is pooled from, and the position of the first"
+        "What an entry is pooled from, the new token [B,1,2*series*W] last; the first's position"
         self.tail.copy_(torch.cat([self.tail[:,1:], x], 1))
         return self.tail, self.pos+1-self.tail.shape[1]
-    def add(self, new): return self.entries.scatter_(1, self.at[:,None,None].expand_as(new), new)   # [B,1,W] -> [B,C,W]
+
+    def add(self, new):
+        "All entries [B,C,W], with the new one [B,1,W] in its place"
+        return self.entries.scatter_(1, self.at[:,None,None].expand_as(new), new)
 
 # %% ../../nbs/4_speed/38_graph.ipynb #d1f7a3e4
 def entry_ends(
@@ -53,8 +63,9 @@ def entry_ends(
     "Positions at which all entries end, those to come as well"
     there = torch.where((docs==0) & (ends<NEVER), ends, -1).expand(len(first), -1)
     C = most//rate+2-there.shape[1]
-    blocks = (length-first)//rate                      # finished in each row
-    return torch.cat([there, first[:,None]+(blocks[:,None]+torch.arange(1, C+1, device=first.device))*rate-1], 1)
+    finished = (length-first)//rate                      # blocks in each row
+    blocks = finished[:,None]+torch.arange(1, C+1, device=first.device)
+    return torch.cat([there, first[:,None]+blocks*rate-1], 1)
 
 # %% ../../nbs/4_speed/38_graph.ipynb #d1f7a3e7
 def one_block(
@@ -66,8 +77,11 @@ def one_block(
     ends:Tensor,    # [B,C] from `entry_ends`
 ) -> Blocks:        # whose only new entry is the one that the token belongs to
     "What `make_blocks` says of one token, with the same shapes at every position"
-    rope = far_rope(cfg, (pos-cfg.rates[kind]+1).clamp(min=0)[None])
-    return Blocks(window, pos[None], (pos-first<2*cfg.rates[kind]-1)[:,None], rope, ((ends>=0) & (ends<=pos))[:,None], None)
+    rate = cfg.rates[kind]
+    rope = far_rope(cfg, (pos-rate+1).clamp(min=0)[None])
+    no_block_before = (pos-first<2*rate-1)[:,None]
+    seen = ((ends>=0) & (ends<=pos))[:,None]
+    return Blocks(window, pos[None], no_block_before, rope, seen, losses=None)
 
 # %% ../../nbs/4_speed/38_graph.ipynb #edfc7a93
 def one_step(
@@ -78,16 +92,20 @@ def one_step(
     rings:list,    # per layer [B,S,K], S no more than the window
     far:list,      # per layer, for each of its compressors, tail and entries as in `FixedMemory`
     ends:dict,     # kind of compressed attention -> [B,C] from `entry_ends`
-)->Tensor:         # [B,V] logits of the token after it
+) -> Tensor:       # [B,V] logits of the token after it
     "What `next_logits` does for one token, with the same shapes at every position"
-    cfg,S = whale.cfg,rings[0].shape[1]
-    k_pos = pos-(pos-torch.arange(S, device=pos.device))%S     # of the slots; negative where nothing was written
+    cfg = whale.cfg
+    S = rings[0].shape[1]
+    k_pos = pos-(pos-torch.arange(S, device=pos.device))%S   # of the slots; negative: empty
     window = (k_pos>=first[:,None])[:,None]
     seen = {SWA: (rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta), window)}
-    seen |= {kind: (far_rope(cfg, pos), one_block(cfg, kind, pos, first, window, e)) for kind,e in ends.items()}
-    at = {kind: (e<pos).sum(1) for kind,e in ends.items()}
-    kept = [FixedRing(kv, pos%S, [FixedMemory(*pair, pos, at[kind]) for pair in pairs])
-        for kv,pairs,kind in zip(rings, far, whale.model.attention)]
+    for kind,e in ends.items():
+        seen[kind] = far_rope(cfg, pos), one_block(cfg, kind, pos, first, window, e)
+    entry = {kind: (e<pos).sum(1) for kind,e in ends.items()}
+    kept = []
+    for kv,pairs,kind in zip(rings, far, whale.model.attention):
+        memories = [FixedMemory(*pair, pos, entry[kind]) for pair in pairs]
+        kept.append(FixedRing(kv, pos%S, memories))
     X,_ = whale.model(whale.model.embed_tokens(ids), seen, kept, ids)
     return whale.lm_head(whale.model.norm(whale.model.hc_head(X))[:,-1])
 
@@ -98,8 +116,9 @@ def need_compiler(
     device:str,  # cpu, cuda ...
 ):
     "One clear error before anything is begun that would end in a traceback of PyTorch's"
-    if device=='cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++', 'cl'))):
-        raise ValueError('to compile a step takes a C++ compiler, and there is none: install g++ or clang++, or go on without')
+    if device=='cpu' and not cxx_compiler():
+        raise ValueError('to compile a step takes a C++ compiler, and there is none: '
+            'install g++ or clang++, or go on without')
 
 @cache
 def compiled(
@@ -119,30 +138,48 @@ def roomy(
 
 # %% ../../nbs/4_speed/38_graph.ipynb #60a874d9
 class Decoder:
-    "Goes on from a cache, a token for each row at a time; the whole step is one compiled graph. For `generate(decoder=...)`"
+    "Goes on from a cache, a token a row at a time, as one graph; for `generate(decoder=...)`"
     def __init__(self,
         whale,                 # a `Whale`
         past:Cache,            # what was read so far, without spare slots; it is copied
         most:int,              # tokens that the text will have at its end
-        docs:Tensor|None=None, # [B,T] -1 where a row is filled up on its left, 0 elsewhere; None: nowhere
+        docs:Tensor|None=None, # [B,T] -1 where a row is padded on its left, else 0; None: nowhere
         compile:bool=True):    # False: the same step, operation by operation
-        if past.spare: raise ValueError('a compiled step takes nothing back: give it a cache without spare slots')
-        cfg,kv,full = whale.cfg,past.layers[0].kv,max(LEAST, 1<<(most-1).bit_length())
-        S = min(cfg.sliding_window, full)
-        self.whale,self.length,self.most = whale,past.length,most if S<cfg.sliding_window or past.entries else None
+        if past.spare:
+            raise ValueError('a compiled step takes nothing back: '
+                'give it a cache without spare slots')
+        cfg = whale.cfg
+        kv = past.layers[0].kv
+        room = max(LEAST, 1<<(most-1).bit_length())        # tokens of the longest text
+        S = min(cfg.sliding_window, room)
+        self.whale = whale
+        self.length = past.length
+        self.most = most if S<cfg.sliding_window or past.entries else None
         self.pos = torch.tensor([past.length], device=kv.device)
-        self.first = torch.zeros_like(self.pos).expand(len(kv)).contiguous() if docs is None else (docs<0).sum(1)
-        self.ends = {kind: entry_ends(*e, cfg.rates[kind], self.first, past.length, full) for kind,e in past.entries.items()}
-        self.rings = [roomy(layer.kv[:,:past.length], S) for layer in past.layers]   # come round in both alike, if at all: then S is the window
-        self.far = [[(roomy(m.tail.flip(1), m.keep).flip(1), roomy(m.entries, self.ends[kind].shape[1])) for m in getattr(layer, 'far', ())]
-            for layer,kind in zip(past.layers, past.kinds)]
+        self.first = torch.zeros_like(self.pos).expand(len(kv)).contiguous()
+        if docs is not None: self.first = (docs<0).sum(1)
+        self.ends = {kind: entry_ends(*entries, cfg.rates[kind], self.first, past.length, room)
+            for kind,entries in past.entries.items()}
+        # come round in both alike, if at all: then S is the window
+        self.rings = [roomy(layer.kv[:,:past.length], S) for layer in past.layers]
+        self.far = [self.roomy_memories(*layer) for layer in zip(past.layers, past.kinds)]
         for x in (*self.rings, *(x for pairs in self.far for pair in pairs for x in pair)):
             if x.is_cuda: torch._dynamo.mark_static_address(x)
         self.step = compiled(kv.device.type) if compile else one_step
+
+    def roomy_memories(self, layer, kind):
+        "Of each compressor of a layer: its last tokens, zeros before them, and its entries"
+        def tail(m): return roomy(m.tail.flip(1), m.keep).flip(1)
+        def entries(m): return roomy(m.entries, self.ends[kind].shape[1])
+        return [(tail(m), entries(m)) for m in getattr(layer, 'far', ())]
+
     def __call__(self,
         ids:Tensor,   # [B,1] the next token of each row
-    )->Tensor:        # [B,V] logits of the one after it
-        if self.length==self.most: raise ValueError(f'this decoder was made for {self.most} tokens; make a new one')
-        logits = self.step(self.whale, ids.clone(memory_format=torch.contiguous_format), self.pos, self.first, self.rings, self.far, self.ends)
-        self.length,self.pos = self.length+1,self.pos+1
+    ) -> Tensor:      # [B,V] logits of the one after it
+        if self.length==self.most:
+            raise ValueError(f'this decoder was made for {self.most} tokens; make a new one')
+        ids = ids.clone(memory_format=torch.contiguous_format)
+        logits = self.step(self.whale, ids, self.pos, self.first, self.rings, self.far, self.ends)
+        self.length += 1
+        self.pos = self.pos+1
         return logits

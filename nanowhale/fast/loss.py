@@ -14,21 +14,25 @@ from ..model.rope import unrounded
 
 # %% ../../nbs/4_speed/35_loss.ipynb #0eb8b554
 class LinearCrossEntropy(torch.autograd.Function):
-    "Sum of -log p(label) over rows of hidden states, with the gradients computed on the way, some rows at a time"
+    "Sum of -log p(label) over rows of hidden states; gradients on the way, some rows at a time"
     @staticmethod
     def forward(ctx, h, weight, labels, dtype, grad):
         "h [M,D], weight [V,D], labels [M]; products in `dtype`, sums in float32 or better"
-        W,hs = weight.to(dtype), h.to(dtype)
+        W = weight.to(dtype)
+        hs = h.to(dtype)
         full = torch.promote_types(dtype, torch.float32)
         rows = max(1, (5*2**23 if h.device.type=='cpu' else 2**28)//len(W))
-        dh,dW = torch.zeros_like(hs), None
+        dh = torch.zeros_like(hs)
+        dW = None
         loss = torch.zeros((), dtype=full, device=h.device)
         for a in range(0, len(hs), rows):
-            x,y = hs[a:a+rows], labels[a:a+rows]
-            on = (y!=-100)[:,None]
-            y = y.clamp(min=0)[:,None]
+            x = hs[a:a+rows]
+            y = labels[a:a+rows,None]
+            on = y!=-100
+            y = y.clamp(min=0)
             z = product(x, W).to(full)
-            at_y,top = z.gather(1, y), z.amax(1, keepdim=True)
+            at_y = z.gather(1, y)
+            top = z.amax(1, keepdim=True)
             s = z.sub_(top).exp_().sum(1, keepdim=True)
             loss += ((top+s.log()-at_y)*on).sum()
             if not grad: continue
@@ -37,8 +41,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             dh[a:a+rows] = product(e, W.mT)*share
             more = product(e.mT, (x*share).to(dtype).mT).to(full)
             dW = more if dW is None else dW.add_(more)
-        if grad: ctx.save_for_backward(dh.to(h.dtype), torch.zeros_like(weight) if dW is None else dW.to(weight.dtype))
+        if grad:
+            dW = torch.zeros_like(weight) if dW is None else dW.to(weight.dtype)
+            ctx.save_for_backward(dh.to(h.dtype), dW)
         return loss
+
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
@@ -52,11 +59,14 @@ def head_loss(
 ) -> Tensor:        # [] nats per label
     "The plain `head_loss`, no [T,V] kept"
     device = h.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
     grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    h,labels = h.flatten(0,1), labels.flatten().long()
-    n = (labels!=-100).sum().clamp(min=1)
-    if device=='cpu' and not torch.compiler.is_compiling():     # elsewhere one would wait for the count
-        there = labels!=-100
-        h,labels = h[there], labels[there]
+    h = h.flatten(0,1)
+    labels = labels.flatten().long()
+    there = labels!=-100
+    n = there.sum().clamp(min=1)
+    if device=='cpu' and not torch.compiler.is_compiling():   # elsewhere one would wait
+        h = h[there]
+        labels = labels[there]
     with unrounded(h): return LinearCrossEntropy.apply(h, weight, labels, dtype, grad)/n

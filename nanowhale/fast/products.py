@@ -11,79 +11,99 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/4_speed/32_products.ipynb #16d27131
-ONEDNN = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()=='AVX512'
-    and hasattr(torch.ops.mkldnn, '_linear_pointwise'))   # on such processors it is at least as fast as the BLAS library for float32
+# on such processors it is at least as fast as the BLAS library for float32
+ONEDNN = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    and torch.backends.cpu.get_cpu_capability()=='AVX512')
+
+def _onednn(x, W): return torch.ops.mkldnn._linear_pointwise(x, W, None, 'none', [], '')
 
 @torch.library.custom_op('nanowhale::onednn', mutates_args=())
-def _sealed(x:Tensor, W:Tensor)->Tensor: return torch.ops.mkldnn._linear_pointwise(x, W, None, 'none', [], '')
+def _sealed(x:Tensor, W:Tensor) -> Tensor: return _onednn(x, W)
 
-_sealed.register_fake(lambda x, W: x.new_empty(*x.shape[:-1], len(W)))
+@_sealed.register_fake
+def _(x, W): return x.new_empty(*x.shape[:-1], len(W))
 
 def onednn(
     x:Tensor,  # [...,K] float32 on a CPU
     W:Tensor,  # [N,K] alike; both may be transposed views
-)->Tensor:     # [...,N] without a gradient
+) -> Tensor:   # [...,N] without a gradient
     "`x @ W.T` by oneDNN"
-    if torch.compiler.is_compiling(): return _sealed(x, W)      # one operation that the compiler must not look into
-    return torch.ops.mkldnn._linear_pointwise(x, W, None, 'none', [], '')
+    # sealed: one operation that the compiler must not look into
+    return (_sealed if torch.compiler.is_compiling() else _onednn)(x, W)
 
 # %% ../../nbs/4_speed/32_products.ipynb #adf55794
 class OneDnnLinear(torch.autograd.Function):
     "`onednn` with its gradients, which are two more such products"
     @staticmethod
     def forward(ctx, x, W):
-        x = x.contiguous()         # a slice of each row would go to a kernel for the general case, a hundred times slower
+        x = x.contiguous()   # a slice of each row would go to a general kernel, 100 times slower
         ctx.save_for_backward(x, W)
         return onednn(x, W)
+
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        (x,W),(for_x,for_W),d = ctx.saved_tensors,ctx.needs_input_grad,d.contiguous()
-        return onednn(d, W.mT) if for_x else None, onednn(d.flatten(0,-2).mT, x.flatten(0,-2).mT) if for_W else None
+        x,W = ctx.saved_tensors
+        for_x,for_W = ctx.needs_input_grad
+        d = d.contiguous()
+        dx = onednn(d, W.mT) if for_x else None
+        dW = onednn(d.flatten(0,-2).mT, x.flatten(0,-2).mT) if for_W else None
+        return dx, dW
 
 # %% ../../nbs/4_speed/32_products.ipynb #f7b5e452
 def by_onednn(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K]
-)->bool:
+) -> bool:
     "Is this a product for oneDNN?"
-    return (ONEDNN and x.dtype==W.dtype==torch.float32 and x.device.type=='cpu' and x.ndim>1 and x.numel()>0
-        and not torch.is_autocast_enabled('cpu'))
+    if not ONEDNN or torch.is_autocast_enabled('cpu'): return False
+    if x.device.type!='cpu' or x.ndim<2 or not x.numel(): return False
+    return x.dtype==W.dtype==torch.float32
 
 # %% ../../nbs/4_speed/32_products.ipynb #5b3f0a12
 def sums(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K], or [...,N,K]: for each row a matrix of its own
-)->Tensor:     # [...,N]
-    "`x @ W.T` as its definition says: for a single row in a compiled graph, where it becomes one loop, as fast as memory delivers W"
+) -> Tensor:   # [...,N]
+    "`x @ W.T` as its definition says: one loop in a compiled graph, as fast as memory delivers W"
     full = torch.promote_types(W.dtype, torch.float32)
     return (W.to(full)*x[...,None,:].to(full)).sum(-1).to(x.dtype)
 
 # %% ../../nbs/4_speed/32_products.ipynb #7d8662af
+def _single_row(x, W):
+    "Is this the product of one row with a matrix of the same type, in a compiled graph on a CPU?"
+    compiled = torch.compiler.is_compiling() and x.device.type=='cpu'
+    return compiled and x.numel()==x.shape[-1] and x.dtype==W.dtype
+
 def product(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K]
-)->Tensor:     # [...,N]; no gradient is recorded by whoever calls this in a backward of their own
+) -> Tensor:   # [...,N]; no gradient is recorded by whoever calls this in a backward of their own
     "`x @ W.T`, by whoever does it fastest"
-    if torch.compiler.is_compiling() and x.numel()==x.shape[-1] and x.device.type=='cpu' and x.dtype==W.dtype: return sums(x, W)
+    if _single_row(x, W): return sums(x, W)
     return onednn(x, W) if by_onednn(x, W) else F.linear(x, W)
 
 def linear(
     x:Tensor,  # [...,K]
     W:Tensor,  # [N,K]
-)->Tensor:     # [...,N]
+) -> Tensor:   # [...,N]
     "`product` with its gradients"
     wanted = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     return OneDnnLinear.apply(x, W) if wanted and by_onednn(x, W) else product(x, W)
 
 # %% ../../nbs/4_speed/32_products.ipynb #c7bd1dd9
-COUNTED = {torch.ops.mkldnn._linear_pointwise: lambda x, W, *args, **kwargs: 2*x.numel()*W[0]} if ONEDNN else {}   # for torch's FlopCounterMode
+def _flops(x, W, *args, **kwargs): return 2*x.numel()*W[0]   # W is a shape here
+
+# for torch's FlopCounterMode
+COUNTED = {torch.ops.mkldnn._linear_pointwise: _flops} if ONEDNN else {}
 
 # %% ../../nbs/4_speed/32_products.ipynb #9dd7cce3
 def products(
     x:Tensor,  # [n,M,K]
     W:Tensor,  # [n,N,K]
-)->Tensor:     # [n,M,N]; no gradient, as in `product`
+) -> Tensor:   # [n,M,N]; no gradient, as in `product`
     "n products, one by one where each is large enough to be worth a call, else all in one"
-    if x.device.type!='cpu' or not len(x) or x[0].numel()*W.shape[1]<2**22: return torch.bmm(x, W.mT)
-    return product(x[0], W[0])[None] if len(x)==1 else torch.stack([product(*pair) for pair in zip(x, W)])
+    large = len(x) and x[0].numel()*W.shape[1]>=2**22
+    if x.device.type!='cpu' or not large: return torch.bmm(x, W.mT)
+    if len(x)==1: return product(x[0], W[0])[None]
+    return torch.stack([product(*pair) for pair in zip(x, W)])

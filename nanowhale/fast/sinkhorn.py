@@ -13,7 +13,7 @@ from ..model.rope import upcast
 
 # %% ../../nbs/4_speed/36_sinkhorn.ipynb #c39d5645
 class Divide(torch.autograd.Function):
-    "Positive matrices [j,k,...] divided by their sums over j, k, j, ..., k, j, with a lean exact backward"
+    "Positive matrices [j,k,...] divided by their sums over j, k, j, ..., k, j; a lean exact backward"
     @staticmethod
     def forward(ctx, m, iters, eps):
         saved = []
@@ -23,6 +23,7 @@ class Divide(torch.autograd.Function):
             saved += [m, total]
         ctx.save_for_backward(*saved)
         return m
+
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
@@ -37,7 +38,7 @@ def sinkhorn(
     logits:Tensor,   # [...,N,N] free numbers, source j first, target k last
     iters:int,       # how often targets are normalised; sources one time less
     eps:float=1e-6,  # added to the softmax and to every sum
-)->Tensor:           # [...,N,N] what each target receives (sum over j) is 1 to within eps
+) -> Tensor:         # [...,N,N] what each target receives (sum over j) is 1 to within eps
     "The plain `sinkhorn`, the small axes outermost, so that every sum is over whole vectors"
     m = upcast(logits).movedim((-2,-1), (0,1)).contiguous().softmax(1)+eps
     return Divide.apply(m, iters, eps).movedim((0,1), (-2,-1)).contiguous()

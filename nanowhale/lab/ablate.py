@@ -12,31 +12,31 @@ import subprocess, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
 import torch
 from torch import nn
-from .. import __path__
-from .. import __version__
-from ..fast.bench import add_to, read_entries
+from .. import __path__, __version__
 from ..model.config import WhaleConfig
 from ..presets import tiny
-from ..generate.sample import whole_number
+from ..model.moe import Router
 from ..model.hyper import HyperConnection
 from ..model.whale import Whale
-from ..model.moe import Router
-from ..fast.kernels import use
+from ..train.stream import Blocks, held_out_texts
 from ..train.optim import make_optimizers
 from ..train.recipe import Recipe, get_recipe
 from ..train.step import train_step
-from ..train.stream import Blocks, held_out_texts
 from ..train.loop import HeldOut, hardware, keep_freed_memory, make_tokenizer
+from ..generate.sample import whole_number
+from ..fast.kernels import use
+from ..fast.bench import add_to, read_entries
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #42c67490
-SMALL = dict(vocab_size=1024, hidden_size=64, num_hidden_layers=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=32, o_lora_rank=16,
-    moe_intermediate_size=64, batch_size=8, context=128)   # what all of them share, over `tiny` and its recipe
+# what all of them share, over `tiny` and its recipe
+SMALL = dict(vocab_size=1024, hidden_size=64, num_hidden_layers=2, head_dim=16, qk_rope_head_dim=8,
+    q_lora_rank=32, o_lora_rank=16, moe_intermediate_size=64, batch_size=8, context=128)
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #6e4919c9
 class Nothing(nn.Module):
@@ -49,7 +49,8 @@ def without_sinks(
     whale:Whale,   # a fresh one
 ):
     "Attention as a plain softmax over the keys"
-    for block in [*whale.model.layers, *whale.mtp]: block.self_attn.sinks.fill_(float('-inf')).requires_grad_(False)
+    for block in [*whale.model.layers, *whale.mtp]:
+        block.self_attn.sinks.fill_(float('-inf')).requires_grad_(False)
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #47bd8d69
 def without_shared(
@@ -59,16 +60,23 @@ def without_shared(
     for block in [*whale.model.layers, *whale.mtp]: block.mlp.shared_experts = Nothing()
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #bfed615f
-ABLATIONS = dict(   # name -> fields of the config, values of the recipe, or a `change` of the built whale
+# name -> fields of the config, values of the recipe, or a `change` of the built whale
+ABLATIONS = dict(
     base=dict(),
-    one_stream=dict(hc_mult=1), sinkhorn_2=dict(hc_sinkhorn_iters=2), transposed=dict(hc_transposed=True),
-    no_sinks=dict(change=without_sinks), window_32=dict(sliding_window=32), window_8=dict(sliding_window=8),
+    one_stream=dict(hc_mult=1), sinkhorn_2=dict(hc_sinkhorn_iters=2),
+    transposed=dict(hc_transposed=True),
+    no_sinks=dict(change=without_sinks),
+    window_32=dict(sliding_window=32), window_8=dict(sliding_window=8),
     one_group=dict(o_groups=1, o_lora_rank=24),
-    dense=dict(n_routed_experts=1, num_experts_per_tok=1, moe_intermediate_size=96, routed_scaling_factor=1.0),
+    dense=dict(n_routed_experts=1, num_experts_per_tok=1, moe_intermediate_size=96,
+        routed_scaling_factor=1.0),
     sigmoid=dict(scoring_func='sigmoid'), softmax=dict(scoring_func='softmax'),
-    bias_only=dict(balance_weight=0.), loss_only=dict(bias_speed=0.), unbalanced=dict(balance_weight=0., bias_speed=0.),
-    no_shared=dict(n_routed_experts=5, num_experts_per_tok=3, change=without_shared), no_mtp=dict(mtp_weight=0.),
-    adamw_003=dict(muon_lr=0., lr=0.003), adamw_006=dict(muon_lr=0., lr=0.006), adamw_012=dict(muon_lr=0.),
+    bias_only=dict(balance_weight=0.), loss_only=dict(bias_speed=0.),
+    unbalanced=dict(balance_weight=0., bias_speed=0.),
+    no_shared=dict(n_routed_experts=5, num_experts_per_tok=3, change=without_shared),
+    no_mtp=dict(mtp_weight=0.),
+    adamw_003=dict(muon_lr=0., lr=0.003), adamw_006=dict(muon_lr=0., lr=0.006),
+    adamw_012=dict(muon_lr=0.),
     vocab_512=dict(vocab_size=512), vocab_2048=dict(vocab_size=2048))
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #c88756f2
@@ -77,11 +85,14 @@ def setup(
     **more,     # values to set otherwise, whatever the ablation says
 ) -> tuple[WhaleConfig, Recipe, Callable|None]:
     "What one ablation trains: sizes, recipe, and the change to the built whale"
-    if name not in ABLATIONS: raise ValueError(f'no ablation {name!r}: choose one of all, {", ".join(ABLATIONS)}')
+    if name not in ABLATIONS:
+        raise ValueError(f'no ablation {name!r}: choose one of all, {", ".join(ABLATIONS)}')
     values = SMALL | ABLATIONS[name] | more
-    change,names = values.pop('change', None),{f.name for f in fields(WhaleConfig)}
-    recipe = get_recipe('tiny', **{k: v for k,v in values.items() if k not in names})
-    cfg = replace(tiny(), **{k: v for k,v in values.items() if k in names}, num_nextn_predict_layers=int(recipe.mtp_weight>0))
+    change = values.pop('change', None)
+    of_config = {f.name for f in fields(WhaleConfig)}
+    recipe = get_recipe('tiny', **{k: v for k,v in values.items() if k not in of_config})
+    sizes = {k: v for k,v in values.items() if k in of_config}
+    cfg = replace(tiny(), **sizes, num_nextn_predict_layers=int(recipe.mtp_weight>0))
     return cfg, recipe, change
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #21709201
@@ -103,7 +114,8 @@ def material(
     "What is trained on, packed, and what is not"
     texts,one_in,tok = words(vocab_size)
     block = next(iter(Blocks(None, tok, context, one_in=one_in, seed=seed)))
-    return {k: torch.from_numpy(block[k]).long() for k in ('input_ids', 'docs')}, HeldOut(texts, tok, get_recipe('tiny', context=context), vocab_size)
+    rows = {k: torch.from_numpy(block[k]).long() for k in ('input_ids', 'docs')}
+    return rows, HeldOut(texts, tok, get_recipe('tiny', context=context), vocab_size)
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #22147341
 def begin(
@@ -118,7 +130,8 @@ def begin(
     whale = use(Whale(cfg))
     n = recipe.rows
     if change: change(whale)
-    opts = [use(opt) for opt in make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)]
+    opts = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+    for opt in opts: use(opt)
     def step(i):
         at = torch.arange(i*n, (i+1)*n)%len(rows['docs'])
         return train_step(whale, whale, opts, {k: v[at] for k,v in rows.items()}, recipe, i)
@@ -131,8 +144,9 @@ def watching_kept(
 ):  # yields a list that is filled with a share for each call of a hyper-connection
     "The share of a stream that stays where it is, mean over tokens and streams"
     shares = []
-    note = lambda hc, args, out: shares.append(out[2].diagonal(dim1=-2, dim2=-1).mean().item())
-    hooks = [m.register_forward_hook(note) for m in whale.modules() if isinstance(m, HyperConnection)]
+    def note(hc, args, out): shares.append(out[2].diagonal(dim1=-2, dim2=-1).mean().item())
+    parts = [m for m in whale.modules() if isinstance(m, HyperConnection)]
+    hooks = [m.register_forward_hook(note) for m in parts]
     try: yield shares
     finally:
         for h in hooks: h.remove()
@@ -143,7 +157,8 @@ def kept(
     rows:dict,     # input_ids and docs [n,T]
 ) -> list[float]:  # one for each hyper-connection of the trunk
     "The share of a stream that stays where it is, on some rows"
-    with torch.no_grad(), watching_kept(whale) as shares: whale(rows['input_ids'], docs=rows['docs']).logits
+    with torch.no_grad(), watching_kept(whale) as shares:
+        whale(rows['input_ids'], docs=rows['docs'])
     return [round(s, 4) for s in shares]
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #f200c88f
@@ -152,7 +167,9 @@ def routing_by_lot(
     whale:Whale,   # at work inside
 ):
     "Every token goes to experts drawn by lot, with the gate weights it has"
-    def draw(router, args, out): return out[0], torch.rand_like(out[0]).topk(router.k, -1).indices, out[2]
+    def draw(router, args, out):
+        scores,_,w = out
+        return scores, torch.rand_like(scores).topk(router.k, -1).indices, w
     hooks = [m.register_forward_hook(draw) for m in whale.modules() if isinstance(m, Router)]
     try: yield
     finally:
@@ -167,29 +184,35 @@ def train_one(
 ) -> dict:         # what was measured
     "Train one variant from nothing, and measure it on text it has not seen"
     whale,step,held = begin(name, seed, steps=steps, **more)
-    n = max(1, steps//20)
     some = {k: v[:8] for k,v in held.rows.items()}
-    before,start = kept(whale, some),time.process_time()
+    before = kept(whale, some)
+    start = time.process_time()
     metrics = [step(i) for i in range(steps)]
-    seconds,scores = time.process_time()-start,held.scores(whale)
+    seconds = time.process_time()-start
+    scores = held.scores(whale)
     torch.manual_seed(seed)
     with routing_by_lot(whale): by_lot = held.scores(whale)
-    return dict(name=name, seed=seed, steps=steps, params=whale.n_params(mtp=False), bits_per_byte=round(scores['bits_per_byte'], 4),
-        loss=round(scores['loss'], 4), by_lot=round(by_lot['bits_per_byte'], 4), kept=[before, kept(whale, some)],
-        load_entropy=round(mean(m['load_entropy'] for m in metrics[-20:]), 3), skipped=sum(m['skipped'] for m in metrics),
-        cpu_seconds=round(seconds, 2), curve=[round(mean(m['loss'] for m in metrics[i:i+n]), 3) for i in range(0, steps, n)])
+    losses = [m['loss'] for m in metrics]
+    n = max(1, steps//20)
+    return dict(name=name, seed=seed, steps=steps, params=whale.n_params(mtp=False),
+        bits_per_byte=round(scores['bits_per_byte'], 4), loss=round(scores['loss'], 4),
+        by_lot=round(by_lot['bits_per_byte'], 4), kept=[before, kept(whale, some)],
+        load_entropy=round(mean(m['load_entropy'] for m in metrics[-20:]), 3),
+        skipped=sum(m['skipped'] for m in metrics), cpu_seconds=round(seconds, 2),
+        curve=[round(mean(losses[i:i+n]), 3) for i in range(0, steps, n)])
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #34219d0b
 def pace(
     name:str,         # one of `ABLATIONS`
-    repeats:int=6,   # steps of each that count
+    repeats:int=6,    # steps of each that count
 ) -> float:           # above 1: slower than the base
     "Processor seconds of one training step, as a multiple of the base's, measured in turns"
     def seconds(step, i):
         start = time.process_time()
         step(i)
         return time.process_time()-start
-    base,other = begin('base', steps=repeats+2)[1],begin(name, steps=repeats+2)[1]
+    _,base,_ = begin('base', steps=repeats+2)
+    _,other,_ = begin(name, steps=repeats+2)
     ratios = [seconds(other, i)/seconds(base, i) for i in range(repeats+2)]
     return round(median(ratios[2:]), 3)
 
@@ -206,7 +229,8 @@ def commit() -> str:
     "Of the checkout that the package lies in; its version where there is none"
     root = Path(__path__[0]).parent
     if not (root/'.git').exists(): return __version__
-    return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
+    command = ['git', 'rev-parse', '--short', 'HEAD']
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #fb991f8b
 def entries(
@@ -223,11 +247,14 @@ def against_base(
     equal:str='tokens',      # or time
     what:str='bits_per_byte',
 ) -> list[float]:            # one for each seed; above 0: worse than the base
-    "Differences from the base, seed by seed; a variant as fast as the base has one run for both kinds of equality"
-    of = lambda n, e: {r['seed']: r[what] for r in runs if r['name']==n and r['equal']==e}
-    cost,steps = pace_of(runs, name),max((r.get('base_steps', 100) for r in runs), default=100)
+    "Differences from the base, seed by seed; a variant as fast as it has one run for both"
+    def of(name, equal):
+        return {r['seed']: r[what] for r in runs if r['name']==name and r['equal']==equal}
+    cost = pace_of(runs, name)
+    steps = max((r.get('base_steps', 100) for r in runs), default=100)
     one_run = cost is None or steps_for(cost, steps)==steps
-    base,mine = of('base', 'tokens'),(of(name, 'tokens') if one_run else {}) | of(name, equal)
+    base = of('base', 'tokens')
+    mine = (of(name, 'tokens') if one_run else {}) | of(name, equal)
     return [round(mine[s]-base[s], 4) for s in sorted(mine.keys() & base.keys())]
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #5550c9d4
@@ -236,7 +263,8 @@ def pace_of(
     name:str,          # one of `ABLATIONS`
 ) -> float|None:
     "The cost of its step, as a multiple of the base's; None, where it has not been measured"
-    return next((r['pace'] for r in runs if r['name']==name and r['equal']=='pace'), None)
+    paces = (r['pace'] for r in runs if r['name']==name and r['equal']=='pace')
+    return next(paces, None)
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #fcf30196
 def shown(
@@ -251,12 +279,15 @@ def table(
 ) -> str:
     "Every variant beside the base"
     base = [r['bits_per_byte'] for r in runs if r['name']=='base']   # it has no other entries
-    lines = [f'base: {mean(base):.3f} held-out bits per byte, {len(base)} seeds. Differences from it, above zero for worse:', '',
+    lines = [f'base: {mean(base):.3f} held-out bits per byte, {len(base)} seeds. '
+        'Differences from it, above zero for worse:', '',
         f"{'':12}{'step costs':>10}{'equal tokens':>18}{'equal time':>18}"]
-    for n in dict.fromkeys(r['name'] for r in runs if r['name']!='base'):
-        cost = pace_of(runs, n)
-        both = (shown(against_base(runs, n, equal)) if equal=='tokens' or cost else '-' for equal in ('tokens', 'time'))
-        lines.append(f'{n:12}{f"{cost:.2f}x" if cost else "-":>10}'+''.join(f'{x:>18}' for x in both))
+    for name in dict.fromkeys(r['name'] for r in runs if r['name']!='base'):
+        cost = pace_of(runs, name)
+        step = f'{cost:.2f}x' if cost else '-'
+        tokens = shown(against_base(runs, name))
+        seconds = shown(against_base(runs, name, 'time')) if cost else '-'
+        lines.append(f'{name:12}{step:>10}{tokens:>18}{seconds:>18}')
     return '\n'.join(lines)
 
 # %% ../../nbs/5_evidence/40_ablate.ipynb #278e6dba
@@ -271,16 +302,21 @@ def ablate(
     for option,n in dict(seeds=seeds, steps=steps).items(): whole_number(option, n, 1)
     for n in names: setup(n, steps=steps)      # a wrong name is noticed here
     read_entries(out)                          # and a file that is none here
-    keep_freed_memory(); torch.set_num_threads(1)
-    about = dict(command=f'nanowhale ablate {name} --seeds {seeds} --steps {steps}', commit=commit(), hardware=hardware(torch.device('cpu')))
-    def once(n, seed, equal, measure):
-        "What `measure` gives, unless the file has it already"
-        key = dict(name=n, seed=seed, base_steps=steps, equal=equal)
-        if not any(r.items()>=key.items() for r in entries(out, steps)): add_to(out, key | measure() | about, tuple(key))
-    for seed,n in product(range(seeds), names): once(n, seed, 'tokens', lambda: train_one(n, seed, steps))
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    about = dict(command=f'nanowhale ablate {name} --seeds {seeds} --steps {steps}',
+        commit=commit(), hardware=hardware(torch.device('cpu')))
+    def once(name, seed, equal, measure):
+        "Measure and keep it, unless the file has it already"
+        key = dict(name=name, seed=seed, base_steps=steps, equal=equal)
+        if any(r.items()>=key.items() for r in entries(out, steps)): return
+        add_to(out, key | measure() | about, tuple(key))
+    def measure_pace(name): return dict(pace=pace(name))
+    for seed,n in product(range(seeds), names):
+        once(n, seed, 'tokens', partial(train_one, n, seed, steps))
     for seed,n in product(range(seeds), names[1:]):
-        once(n, 0, 'pace', lambda: dict(pace=pace(n)))
+        once(n, 0, 'pace', partial(measure_pace, n))
         m = steps_for(pace_of(entries(out, steps), n), steps)
-        if m!=steps: once(n, seed, 'time', lambda: train_one(n, seed, m))
+        if m!=steps: once(n, seed, 'time', partial(train_one, n, seed, m))
     print(table(entries(out, steps)))
     return entries(out, steps)

@@ -17,28 +17,19 @@ from statistics import mean
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-import test_compress
-from nanowhale.lab import ablate
-from nanowhale.model import block
-from nanowhale.model import compress
-from nanowhale.train import data
-from nanowhale.train import evaluate
-from nanowhale.generate import sample as generate
-from nanowhale.model import hyper
-from nanowhale.model import attention as mla
-from nanowhale.model import whale as model
-from nanowhale.model import moe
-from nanowhale.model import mtp
-from nanowhale.train import optim
-from nanowhale.model import rope
-from nanowhale.train import step
-from nanowhale.generate import weights
-from nanowhale.fast.bench import add_to
+from nanowhale.model import attention, block, hyper, moe, mtp, rope, visibility, whale as model
 from nanowhale.model.config import CSA, HCA
-from nanowhale.generate.cache import Cache
 from nanowhale.model.whale import Whale
+from nanowhale.train import data, evaluate, optim, step
+from nanowhale.generate import cache, sample, weights
+from nanowhale.generate.cache import Cache
+from nanowhale.fast.bench import add_to
+from nanowhale.fast.kernels import use
+from nanowhale.lab import ablate
+import test_compress
 from runs import ROOT, provenance
-from test_compress import no_query_is_told_the_future, only_distances_count, packed_documents_are_alone, padding_is_never_seen, tables_are_fair
+from test_compress import (no_query_is_told_the_future, only_distances_count, packed_documents_are_alone,
+    padding_is_never_seen, tables_are_fair)
 from test_parity import LIMITS, errors, no_downcast, pair, randomise, run, small
 
 # ---------------------------------------------------------------- checks
@@ -77,9 +68,9 @@ def only_distance_counts():
 def the_last_R_channels_turn():
     "One token repeated: its first-layer keys differ from place to place in the last R channels, and in those only"
     whale,_ = whale_and_ids(sliding_window=20)
-    cache = Cache(whale.cfg)
-    whale(torch.full((1, 9), 3), cache=cache)
-    kv = cache.layers[0].kv[0,:9]
+    past = Cache(whale.cfg)
+    whale(torch.full((1, 9), 3), cache=past)
+    kv = past.layers[0].kv[0,:9]
     turns = (kv-kv[:1]).abs().max(0).values>1e-4
     assert turns.tolist()==[False]*(whale.cfg.head_dim-whale.cfg.qk_rope_head_dim)+[True]*whale.cfg.qk_rope_head_dim
 
@@ -94,7 +85,7 @@ def attention_is_the_equation():
             for h in range(H):
                 e = [math.exp(q[b,t,h]@kv[b,s]/K**0.5) if mask[b,t,s] else 0.0 for s in range(S)]
                 for s in range(S): want[b,t,h] += e[s]/(sum(e)+math.exp(sinks[h]))*kv[b,s]
-    close(mla.attend(q, kv, sinks, mask), want, 1e-5)
+    close(attention.attend(q, kv, sinks, mask)[0], want, 1e-5)
 
 def a_strong_sink_takes_all_attention():
     "With every sink at 50, attention gives nothing"
@@ -157,7 +148,7 @@ def the_mtp_loss_is_the_equation():
     out,m = whale(ids, labels=ids),whale.mtp[0]
     T,c = ids.shape[1]-2,whale.cfg
     pos = torch.arange(T)
-    cos_sin,mask = rope.rope_cos_sin(pos, c.qk_rope_head_dim, c.rope_theta),mla.window_mask(pos, pos, c.sliding_window)
+    cos_sin,mask = rope.rope_cos_sin(pos, c.qk_rope_head_dim, c.rope_theta),visibility.window_mask(pos, pos, c.sliding_window)
     told = torch.stack([whale.model.embed_tokens(ids[:,i+1]) for i in range(T)], 1)
     X = torch.stack([m.e_proj(m.enorm(told))+m.h_proj(m.hnorm(out.streams[:,:T,n])) for n in range(c.hc_mult)], 2)
     logits = whale.lm_head(m.norm(m.hc_head(block.Block.forward(m, X, cos_sin, mask)[0])))
@@ -223,10 +214,10 @@ def decoding_equals_the_full_forward():
     for docs in (None, torch.where(torch.arange(11)<3, -1, 0).expand(2, 11)):
         full = whale(ids, docs=docs).logits
         for sizes in ([1]*11, [4, 1, 1, 3, 2]):
-            cache,parts,start = Cache(whale.cfg),[],0
+            past,parts,start = Cache(whale.cfg),[],0
             for n in sizes:
                 now = slice(start, start+n)
-                parts.append(whale(ids[:,now], docs=None if docs is None else docs[:,now], cache=cache).logits)
+                parts.append(whale(ids[:,now], docs=None if docs is None else docs[:,now], cache=past).logits)
                 start += n
             real = slice(None) if docs is None else slice(3, None)
             close(torch.cat(parts, 1)[:,real], full[:,real])
@@ -236,7 +227,7 @@ def generation_reads_the_whole_prompt():
     whale,ids = whale_and_ids(sliding_window=6, eos_token_id=None)
     want = ids
     for _ in range(6): want = torch.cat([want, whale(want).logits[:,-1:].argmax(-1)], 1)
-    for use_cache in (True, False): assert torch.equal(generate.generate(whale, ids, 6, temperature=0, use_cache=use_cache), want)
+    for use_cache in (True, False): assert torch.equal(sample.generate(whale, ids, 6, temperature=0, use_cache=use_cache), want)
 
 def sinkhorn_survives_large_numbers():
     "Logits of 200 (exp overflows float32 at 89) give a finite mix and finite gradients"
@@ -355,11 +346,14 @@ CHECKS = [same_as_transformers, equal_streams_stay_equal, only_distance_counts, 
 # ---------------------------------------------------------------- planting
 
 def everywhere(m, old, new):
-    "Put `new` in the place of the function `old` in every module of nanowhale that holds it, and where checks use it"
+    "Put `new` in the place of the function `old` in every module and class of nanowhale that holds it, and where checks use it"
     mods = [mod for name,mod in list(sys.modules.items()) if name.split('.')[0] in ('nanowhale', 'test_compress')]
     places = [(mod, k) for mod in mods for k,v in list(vars(mod).items()) if v is old]
+    classes = {c for mod in mods for c in vars(mod).values() if isinstance(c, type) and c.__module__.startswith('nanowhale')}
+    parts = [(c, k) for c in classes for k,v in vars(c).items() if isinstance(v, staticmethod) and v.__func__ is old]
     assert places, f'{old} is nowhere: the code has changed, plant this bug differently'
     for mod,k in places: m.setattr(mod, k, new)
+    for c,k in parts: m.setattr(c, k, staticmethod(new))
 
 def wrap(m, cls, name, f):
     "Let `f(the method as it is, *args)` stand in for a method of `cls`"
@@ -468,39 +462,40 @@ def _(m):
         with pytest.MonkeyPatch.context() as inner:
             calls = []
             def turn(x, cos, sin): calls.append(1); return x if len(calls)==3 else real(x, cos, sin)   # queries, keys, output
-            inner.setattr(mla, 'rotate', turn)
+            inner.setattr(attention, 'rotate', turn)
             return forward(self, x, rope, mask, cache)
-    forward = mla.Attention.forward
-    m.setattr(mla.Attention, 'forward', forget)
+    forward = attention.Attention.forward
+    m.setattr(attention.Attention, 'forward', forget)
 
 # ---------------------------------------------------------------- attention
 
 def without_sink(q, kv, sinks, mask):
     scores = torch.einsum('bthk,bsk->bths', q, kv)*q.shape[-1]**-0.5
-    return torch.einsum('bths,bsk->bthk', scores.masked_fill(~mask[:,:,None], -1e30).softmax(-1), kv)
+    scores = scores.masked_fill(~mask[:,:,None], -1e30)
+    return torch.einsum('bths,bsk->bthk', scores.softmax(-1), kv), scores.logsumexp(-1)
 
 @bug(4, 'sink declared but never used', a_strong_sink_takes_all_attention)
-def _(m): everywhere(m, mla.attend, without_sink)
+def _(m): everywhere(m, attention.attend, without_sink)
 
 @bug(4, 'sink multiplied by the score scale', attention_is_the_equation)
-def _(m, real=mla.attend): everywhere(m, real, lambda q, kv, sinks, mask: real(q, kv, sinks*q.shape[-1]**-0.5, mask))
+def _(m, real=attention.attend): everywhere(m, real, lambda q, kv, sinks, mask: real(q, kv, sinks*q.shape[-1]**-0.5, mask))
 
 @bug(4, 'sink made a token with a value', attention_is_the_equation)
 def _(m):
     def with_value(q, kv, sinks, mask):   # what the sink takes comes back as the mean of the values
-        o,lse = real(q, kv, sinks, mask, lse=True)
-        return o+(sinks-lse).exp()[...,None]*kv.mean(1)[:,None,None]
-    real = mla.attend
+        o,lse = real(q, kv, sinks, mask)
+        return o+(sinks-lse).exp()[...,None]*kv.mean(1)[:,None,None], lse
+    real = attention.attend
     everywhere(m, real, with_value)
 
 @bug(18, 'window one token too wide', the_window_is_W_wide)
-def _(m, real=mla.window_mask): everywhere(m, real, lambda q, k, W, *a: real(q, k, W+1, *a))
+def _(m, real=visibility.window_mask): everywhere(m, real, lambda q, k, W, *a: real(q, k, W+1, *a))
 
 @bug(18, 'window one token too narrow', the_window_is_W_wide)
-def _(m, real=mla.window_mask): everywhere(m, real, lambda q, k, W, *a: real(q, k, W-1, *a))
+def _(m, real=visibility.window_mask): everywhere(m, real, lambda q, k, W, *a: real(q, k, W-1, *a))
 
 @bug(18, 'window ignored: full causal attention', the_window_is_W_wide)
-def _(m, real=mla.window_mask): everywhere(m, real, lambda q, k, W, *a: real(q, k, 10**9, *a))
+def _(m, real=visibility.window_mask): everywhere(m, real, lambda q, k, W, *a: real(q, k, 10**9, *a))
 
 # ---------------------------------------------------------------- mixture of experts
 
@@ -534,18 +529,19 @@ def _(m, real=moe.swiglu): everywhere(m, real, lambda gate, up, limit: real(gate
 
 # ---------------------------------------------------------------- compressed attention, and experts by a table
 
-def made(make): return lambda m, real=compress.make_blocks: everywhere(m, real, make(real))
+def made(make): return lambda m, real=visibility.make_blocks: everywhere(m, real, make(real))
 
 @bug(3, 'compressed layers rotate with the base of the others', compressed_layers_are_transformers, far=True)
-def _(m, real=compress.far_rope): everywhere(m, real, lambda cfg, pos: rope.rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta))
+def _(m, real=visibility.far_rope): everywhere(m, real, lambda cfg, pos: rope.rope_cos_sin(pos, cfg.qk_rope_head_dim, cfg.rope_theta))
 
 bug(3, 'compressed entries left unrotated', only_distances_count, far=True)(made(test_compress.at_end))
 bug(14, 'a query sees the block that ends after it', no_query_is_told_the_future, far=True)(made(test_compress.early))
 
 @bug(14, 'blocks counted from the row: padding enters the compressor', padding_is_never_seen, far=True)
-def _(m, real=compress.make_blocks):
-    def counted(cfg, kind, pos, window, docs=None, starts=None, *a, **kw):
-        return real(cfg, kind, pos, window, docs, None if starts is None else torch.zeros_like(starts), *a, **kw)
+def _(m, real=visibility.make_blocks):
+    def counted(cfg, kind, rows, *a, **kw):
+        if rows.starts is not None: rows = rows._replace(starts=torch.zeros_like(rows.starts))
+        return real(cfg, kind, rows, *a, **kw)
     everywhere(m, real, counted)
 
 bug(15, 'compressed entries of other documents are seen', packed_documents_are_alone, far=True)(made(test_compress.mixed))
@@ -584,13 +580,13 @@ def _(m): everywhere(m, mtp.head_loss, lambda h, W, y: F.cross_entropy((h@W.T).f
 # ---------------------------------------------------------------- documents and padding
 
 @bug(15, 'packed documents see each other', packed_documents_do_not_see_each_other)
-def _(m, real=mla.window_mask): everywhere(m, real, lambda q, k, W, *docs: real(q, k, W))
+def _(m, real=visibility.window_mask): everywhere(m, real, lambda q, k, W, *docs: real(q, k, W))
 
 @bug(15, "a document's last token predicts the next one's first", packed_losses_stay_within_documents)
 def _(m, real=mtp.shift_labels): everywhere(m, real, lambda labels, by, docs=None: real(labels, by))
 
 @bug(21, 'padding is seen', padding_is_invisible)
-def _(m, real=mla.window_mask):
+def _(m, real=visibility.window_mask):
     def blind(d): return None if d is None else d.clamp(min=0)
     everywhere(m, real, lambda q, k, W, q_doc=None, k_doc=None: real(q, k, W, blind(q_doc), blind(k_doc)))
 
@@ -605,7 +601,7 @@ def _(m):
         out = real(self, kv)
         if self.length>=self.window: self.kv[:,(self.length+1)%self.size] = 0   # of the W-1 that the next token needs, the oldest
         return out
-    wrap(m, mla.KVCache, 'extend', short)
+    wrap(m, cache.KVCache, 'extend', short)
 
 @bug(18, 'cache gives old entries in the wrong order', decoding_equals_the_full_forward)
 def _(m):
@@ -613,7 +609,7 @@ def _(m):
         out = real(self, kv)
         self.kv.copy_(self.kv.roll(1, 1))
         return out
-    wrap(m, mla.KVCache, 'extend', roll)
+    wrap(m, cache.KVCache, 'extend', roll)
 
 @bug(21, 'generation sees only the last token', generation_reads_the_whole_prompt)
 def _(m):
@@ -622,7 +618,7 @@ def _(m):
         with pytest.MonkeyPatch.context() as inner:
             wrap(inner, Whale, 'forward', last)
             return real(whale, *a, **kw)
-    real = generate.generate
+    real = sample.generate
     everywhere(m, real, lambda whale, *a, **kw: only(real, whale, *a, **kw))
 
 # ---------------------------------------------------------------- checkpoints
@@ -715,9 +711,11 @@ def equal(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k
 def scores(held, whale): return {k: round(v, 4) for k,v in held.scores(whale).items() if k in ('loss', 'mtp_loss', 'bits_per_byte')}
 
 def train(steps, seed=0, far=False, b=None, healthy=None):
-    "Train the small whale of 19_ablate, with a bug planted or without; the same weights at the start, the same rows"
+    "Train the small whale of 40_ablate, with a bug planted or without; the same weights at the start, the same rows"
     more = dict(FAR if far else {}, steps=steps) | (dict(batch_size=4, accum=2) if b and b.check is accumulation_changes_nothing else {})
-    fresh = lambda: ablate.begin('base', seed, **more)
+    def fresh():
+        whale,one_step,held = ablate.begin('base', seed, **more)
+        return use(whale, 'plain'),one_step,held        # bugs are planted into the plain functions
     repack = b and b.check is every_token_is_a_target_once      # the text is packed once, unless packing is what is wrong
     with planted(b) if b else nullcontext():
         if repack: ablate.material.cache_clear()
@@ -763,7 +761,7 @@ def main():
     p.add_argument('--all', action='store_true', help='run every check on every bug')
     p.add_argument('--train', action='store_true', help='train with each bug instead')
     p.add_argument('--steps', type=int, default=60, help='of training')
-    p.add_argument('--seeds', type=int, default=1, help='runs of the healthy whale (19_ablate has three of the same length, as its base)')
+    p.add_argument('--seeds', type=int, default=1, help='runs of the healthy whale (40_ablate has three of the same length, as its base)')
     a = p.parse_args()
     if a.train: return train_all(a.steps, a.seeds)
     sick = [c.__name__ for c in CHECKS if red(c)]

@@ -1,4 +1,4 @@
-"""What happens inside a trained whale, on one sentence and on held-out text, as results/inside.json for chapter 31.
+"""What happens inside a trained whale, on one sentence and on held-out text, as results/inside.json for the chapter on it.
 
     python tests/tools/inside.py --model FOLDER    a run of `nanowhale train`
 """
@@ -7,9 +7,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
+from nanowhale.model.config import SWA
 from nanowhale.model.hyper import HyperConnection
-from nanowhale.model.whale import Whale, geometry
+from nanowhale.model.visibility import views, whole_rows
+from nanowhale.model.whale import Whale
+from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
 from runs import ROOT, provenance
 
 SENTENCE = 'The parser reads each line of the file and returns a list of strings, or None if there is nothing left. The list is a copy.'
@@ -32,7 +34,8 @@ def watch(whale, ids):
     hooks += [m.register_forward_hook(mixed) for m in whale.model.layers.modules() if isinstance(m, HyperConnection)]
     out = whale(ids[None])
     for h in hooks: h.remove()
-    h,_ = whale.mtp[0](out.streams[:,:-1], whale.model.embed_tokens(ids[None,1:]), *geometry(whale.cfg, ids[None,:-1]))
+    view = views(whale.cfg, whole_rows(whale.cfg, ids[None,:-1], None))[SWA]
+    h,_ = whale.mtp[0](out.streams[:,:-1], whale.model.embed_tokens(ids[None,1:]), *view)
     return seen, out.logits[0], whale.lm_head(h)[0]
 
 def by_distance(A):

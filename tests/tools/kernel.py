@@ -4,7 +4,7 @@
 
 PyTorch's compiler is told of a GPU that is not there, and writes what it would write for `attend` with a fused mask, forward and
 backward. That is then (1) compiled to machine code for cards of several kinds, which tells how much memory on their chip it wants, and
-(2) run as it stands by Triton's interpreter, on the processor, and compared with `attend_dense` in float64. What a card's own
+(2) run as it stands by Triton's interpreter, on the processor, and compared with the plain `attend` in float64. What a card's own
 arithmetic rounds, and how fast it is, only a card can tell.
 
 It wants a CUDA build of PyTorch 2.9 with its Triton (`pip install torch==2.9.0`, 7 GB), and no GPU. It reaches deep into both: for
@@ -71,7 +71,7 @@ def lowered(dtype, K, T, W, docs):
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
     from torch.utils._pytree import tree_map
-    from nanowhale.model import attention as mla
+    from nanowhale.fast import attention
     codes = []
     class Written(Exception): pass
     def stop(self): codes.append(self.codegen()[0].value); raise Written
@@ -93,9 +93,9 @@ def lowered(dtype, K, T, W, docs):
             if 'Written' not in repr(e): raise
         return lambda *args: [torch.zeros_like(t) if isinstance(t, torch.Tensor) else t for t in out]
     def backend(graph, args): return aot_module_simplified(graph, args, fw_compiler=write, bw_compiler=write, decompositions=select_decomp_table())
-    def attention(q, kv, s, docs): return mla.attend(q, kv, s, mla.row_mask(torch.arange(T), W, docs, fused=True))
+    def attended(q, kv, s, docs): return attention.attend(q, kv, s, attention.fused_mask(T, W, docs))[0]
     *leaves,d = inputs(dtype, K, T, docs)
-    torch.compile(attention, backend=backend, fullgraph=True, dynamic=False)(*(x.requires_grad_() for x in leaves), d).sum().backward()
+    torch.compile(attended, backend=backend, fullgraph=True, dynamic=False)(*(x.requires_grad_() for x in leaves), d).sum().backward()
     return codes
 
 def kernels(code): return re.findall(r"(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''", code, re.S)
@@ -158,9 +158,10 @@ def program(code, folder):
     return names['call'] if 'call' in names else names['runner'].call
 
 def interpret(dtype, K, T, W, docs, path):
-    "In a process of its own: the errors of outputs and gradients against `attend_dense` in float64, relative to their norms"
+    "In a process of its own: the errors of outputs and gradients against the plain `attend` in float64, relative to their norms"
     import triton.runtime.interpreter as interpreter
-    from nanowhale.model import attention as mla
+    from nanowhale.model.attention import attend
+    from nanowhale.model.visibility import window_mask
     real = interpreter._patch_lang_tensor
     def patched(tensor):                                   # numpy makes no number of an array of one any more
         real(tensor)
@@ -173,7 +174,7 @@ def interpret(dtype, K, T, W, docs, path):
     order = re.search(r'(primals_1[\w, ]*) = args', codes[0])[1].split(', ')
     o,*saved = forward([next(x for x in (q, kv, s, d) if x is not None and tuple(x.shape)==eval(shapes[n])) for n in order])
     leaves,ways = [x.double().requires_grad_() for x in (q, kv, s)],torch.randn(o.shape).to(o.dtype)
-    want = mla.attend_dense(*leaves, mla.window_mask(torch.arange(T), torch.arange(T), W, d))
+    want,_ = attend(*leaves, window_mask(torch.arange(T), torch.arange(T), W, d))
     want.backward(ways.double())
     grads = [g for g in backward([*saved, ways]) if g is not None]
     found = dict(output=(o, want.detach())) | {n: (next(g for g in grads if g.shape==x.shape), x.grad) for n,x in zip(('q', 'kv', 'sinks'), leaves)}

@@ -125,7 +125,7 @@ def balance(args):
             print(runs[-1], flush=True)
 
 def products(args):
-    "The six versions of 00_linear, and the rate at which one row's product reads its weights"
+    "The six versions of 32_products, and the rate at which one row's product reads its weights"
     import torch, torch.nn.functional as F
     from nanowhale.fast.bench import alternate
     from nanowhale.fast.products import onednn
@@ -161,28 +161,31 @@ def scaling(args):
     "Milliseconds forward and backward of one part of a layer at the width of the 110M whale, beside the formula's FLOPs"
     import torch
     from dataclasses import replace
-    from nanowhale.fast.bench import alternate, there_and_back
     from nanowhale.model.config import CSA, HCA, SWA
     from nanowhale.presets import layer_flops, nanowhale_v4
-    from nanowhale.model.hyper import HyperConnection, collapse, mix
+    from nanowhale.model.visibility import views, whole_rows
     from nanowhale.model.attention import Attention
     from nanowhale.model.compress import CompressedAttention
-    from nanowhale.model.visibility import views
     from nanowhale.model.moe import MoE
+    from nanowhale.model.hyper import HyperConnection, collapse, mix
+    from nanowhale.fast.attention import row_mask
+    from nanowhale.fast.kernels import use
+    from nanowhale.fast.bench import alternate, there_and_back
     torch.manual_seed(0)
     out,cfg = {},replace(nanowhale_v4(), num_hidden_layers=1, layer_types=None, mlp_layer_types=None, vocab_size=512)
     def attention(kind, T, window=128):
         c = replace(cfg, layer_types=(kind,), sliding_window=window, max_position_embeddings=max(T, window))
-        layer = Attention(c) if kind==SWA else CompressedAttention(c, kind)
+        layer = use(Attention(c) if kind==SWA else CompressedAttention(c, kind))
         parts = layer_flops(c, T, kind)
-        seen,x = views(c, torch.zeros(1, T).long())[kind],torch.randn(1, T, cfg.hidden_size)
+        rows = whole_rows(c, torch.zeros(1, T).long(), None)
+        seen,x = views(c, rows, row_mask)[kind],torch.randn(1, T, cfg.hidden_size)
         return there_and_back(lambda x: layer(x, *seen), x),3*T*sum(v for k,v in parts.items() if k in ('attention', 'scores', 'compress'))
     def moe(E, T):
-        layer,x = MoE(replace(cfg, n_routed_experts=E)),torch.randn(1, T, cfg.hidden_size)
+        layer,x = use(MoE(replace(cfg, n_routed_experts=E))),torch.randn(1, T, cfg.hidden_size)
         return there_and_back(lambda x: layer(x)[0], x),3*T*layer_flops(replace(cfg, n_routed_experts=E), T)['moe']
     def hyper(N, T):
         c = replace(cfg, hc_mult=N)
-        hc,X = HyperConnection(c),torch.randn(1, T, N, cfg.hidden_size)
+        hc,X = use(HyperConnection(c)),torch.randn(1, T, N, cfg.hidden_size)
         def f(X):
             pre,post,comb = hc(X)
             return mix(post, comb, X, collapse(pre, X))
@@ -262,14 +265,15 @@ def compare(whale, pairs):
 def identity(args):
     "Greedy continuations of held-out text: `generate` beside transformers' own, and speculative decoding beside `generate`"
     import random, torch
+    from nanowhale.model.whale import Whale
     from nanowhale.train.data import embedded_corpus, load_tokenizer, split_held_out
     from nanowhale.generate.sample import generate
-    from nanowhale.model.whale import Whale
     from nanowhale.generate.speculate import speculate
+    from nanowhale.fast.kernels import use
     with tempfile.TemporaryDirectory() as d:
         if not args.model: nanowhale('train', '--out', Path(d)/'whale')
         folder = Path(args.model or Path(d)/'whale')
-        whale,tok = Whale.from_pretrained(folder).eval(),load_tokenizer(folder)
+        whale,tok = use(Whale.from_pretrained(folder)).eval(),load_tokenizer(folder)
         spec,results = json.loads((folder/'run.json').read_text()),json.loads((folder/'results.json').read_text())
     r,hf,runs = random.Random(args.seed),whale.to_hf().eval(),{}
     text = [i for t in split_held_out(embedded_corpus())[1] for i in tok.encode(t, add_special_tokens=False)]

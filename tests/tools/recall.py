@@ -20,15 +20,15 @@ from pathlib import Path
 from statistics import median
 import torch
 from torch.nn import functional as F
-from nanowhale.fast.bench import add_to
-from nanowhale.model.compress import CompressedAttention, choose, far_weights
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.presets import cache_bytes, layer_flops, nanowhale_v4
-from nanowhale.train.data import split_held_out, train_tokenizer
-from nanowhale.fast.attention import attend
-from nanowhale.generate.cache import Cache
+from nanowhale.model.compress import CompressedAttention, choose
 from nanowhale.model.whale import Whale
+from nanowhale.train.data import split_held_out, train_tokenizer
 from nanowhale.train.optim import make_optimizers, schedule
+from nanowhale.generate.cache import Cache
+from nanowhale.fast.kernels import use
+from nanowhale.fast.bench import add_to
 from runs import provenance
 
 KEYS = 32                                    # as many values; ids 1 to KEYS, and on from there
@@ -65,16 +65,16 @@ def accuracy(whale, T, rng, rows=192):
     among = lambda a, b: (labels[:,1:]>=0) & (far[:,1:]>=a) & (far[:,1:]<b)
     return [round(right[among(a, b)].float().mean().item(), 4) for a,b in zip(EDGES, EDGES[1:])]
 
-def index_recall(scores, target, seen, k):
-    "Of the weight that the k best entries hold, the share that the chosen ones hold; over queries with more than k to choose from"
-    many = (seen.sum(-1)>k).expand(target.shape[:2])
-    def held(by): return (target*choose(by, seen, k)).sum(-1)[many].sum()
-    return (held(scores)/held(target)).item()
-
 def judged(layer, x, rope, blocks):
     "What a layer's indexer thinks of all entries"
     indexer = layer.compressor.indexer
     return indexer.scores(x, layer.low_rank(x), indexer(x, blocks), rope)
+
+def index_recall(scores, target, seen, k):
+    "Of the weight that the k best entries hold, the share that the chosen ones hold; over queries with more than k to choose from"
+    many = (seen.sum(-1)>k).expand(target.shape[:2])
+    def held(x): return (target*choose(x, seen, k)).sum(-1)[many].sum()
+    return (held(scores)/held(target)).item()
 
 @torch.no_grad()
 def recall_of_indexer(whale, ids):
@@ -84,8 +84,8 @@ def recall_of_indexer(whale, ids):
         x,rope,blocks = args[:3]
         q,kv,far = layer.query(x, *rope),layer.latent(x, *rope),layer.compressor(x, blocks)
         seen = blocks.seen.expand(len(x), -1, -1)
-        _,lse = attend(q, kv, layer.sinks, blocks.window, far, seen)
-        found.append(index_recall(judged(layer, x, rope, blocks), far_weights(q, far, lse, seen), seen, layer.compressor.indexer.topk))
+        _,lse = layer.attend(q, kv, layer.sinks, blocks.window, far, seen)
+        found.append(index_recall(judged(layer, x, rope, blocks), layer.far_weights(q, far, lse, seen), seen, layer.compressor.indexer.topk))
     hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention) and m.compressor.indexer]
     whale(ids, sparse=False).logits
     for h in hooks: h.remove()
@@ -93,7 +93,7 @@ def recall_of_indexer(whale, ids):
 
 def fit(whale, rows, steps, dense=0.5, lr=4e-3, muon_lr=1e-2):
     "Train on the (ids, labels) of `rows()`, queries seeing all entries for the first `dense` of the steps; returns the loss every 25 steps"
-    opts,start,curve = make_optimizers(whale, lr, muon_lr, 0.),time.monotonic(),[]
+    opts,start,curve = [use(opt) for opt in make_optimizers(whale, lr, muon_lr, 0.)],time.monotonic(),[]
     for step in range(steps):
         ids,labels = rows()
         out = whale(ids, labels=labels, sparse=step>=dense*steps)
@@ -111,7 +111,7 @@ def fit(whale, rows, steps, dense=0.5, lr=4e-3, muon_lr=1e-2):
 
 def recall(kind, seed, steps, B=16, T=128):
     torch.manual_seed(seed)
-    whale,rng,probe = Whale(config(kind)),random.Random(seed),stream(16, T, random.Random(7))[0]
+    whale,rng,probe = use(Whale(config(kind))),random.Random(seed),stream(16, T, random.Random(7))[0]
     before,start = recall_of_indexer(whale, probe),time.process_time()
     curve = fit(whale, lambda: stream(B, T, rng, 2)[:2], steps)
     return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, edges=EDGES, accuracy=accuracy(whale, T, random.Random(999)),
@@ -136,7 +136,7 @@ def read(kind, seed, steps, books, B=4, T=PLACES[-1], held_rows=96):
     torch.manual_seed(seed)
     cfg = config(kind, 1024, hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
         compress_rate_hca=16, index_topk=32)
-    whale,rng,start = Whale(cfg),random.Random(seed),time.process_time()
+    whale,rng,start = use(Whale(cfg)),random.Random(seed),time.process_time()
     def rows():
         some = rng.choices(books[0], [len(b) for b in books[0]], k=B)
         ids = torch.stack([b[i:i+T] for b in some for i in [rng.randrange(len(b)-T)]])
@@ -155,7 +155,7 @@ def decode(lengths, groups=8, n=4):
         cfg = replace(nanowhale_v4(), vocab_size=512, num_hidden_layers=2, layer_types=kinds, mlp_layer_types=None, num_nextn_predict_layers=0,
             max_position_embeddings=2**17)
         torch.manual_seed(0)
-        whale,cache,done = Whale(cfg).eval(),Cache(cfg),0
+        whale,cache,done = use(Whale(cfg)).eval(),Cache(cfg),0
         def total(T): return T*sum(x for k,x in layer_flops(cfg, T, kinds[0]).items() if k in ('scores', 'compress'))*len(kinds)
         for T in sorted(lengths):
             while done<T:
@@ -179,12 +179,12 @@ were added."""
 def look(folder):
     "What the layers of a trained whale look at: the indexers' choice for the last token, and the weights of the compressors' slots"
     from transformers import AutoTokenizer
-    whale,tokenizer = Whale.from_pretrained(folder).eval(),AutoTokenizer.from_pretrained(folder)
+    whale,tokenizer = use(Whale.from_pretrained(folder)).eval(),AutoTokenizer.from_pretrained(folder)
     ids,rows = tokenizer(TEXT.replace(chr(10), ' '), return_tensors='pt').input_ids,[]
     def judge(layer, args, out):
         x,rope,blocks = args[:3]
         comp,i = layer.compressor,int([n for n,m in whale.named_modules() if m is layer][0].split('.')[2])
-        w = comp.weigh(x, blocks)[1][0,1:]      # [C,slots,W], without the block that has none before it
+        w = comp.weigh(comp.slots_of(comp.project(x), blocks), blocks.first)[1][0,1:]      # [C,slots,W], without the block that has none before it
         row = dict(layer=i, kind=comp.indexer and 'csa' or 'hca', ends=blocks.ends[0].tolist(),
             slots=[round(v, 3) for v in w.mean((0,2)).tolist()], channels=[[round(v, 2) for v in c] for c in w.mean(0).T[:16].tolist()])
         if comp.indexer: row['chosen'] = choose(judged(layer, x, rope, blocks), blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
