@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
 import nanowhale.train.step as step
+import nanowhale.run as R
 import nanowhale.train.loop as T
 from nanowhale.presets import tiny
 from nanowhale.train.data import encode, load_tokenizer, pack
@@ -83,7 +84,7 @@ SMALL = dict(batch_size=2, context=32)
 @pytest.fixture(scope='module')
 def run(text, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')/'whale'
-    return out, T.train(data=str(text), out=str(out), steps=6, **SMALL)
+    return out, R.train(data=str(text), out=str(out), steps=6, **SMALL)
 
 FOLDER = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json'}   # what others load
 TRAINER = {'trainer/optimizer.safetensors', 'trainer/state.json'}
@@ -154,17 +155,17 @@ def stop_at(monkeypatch, n, signum):
 def test_every_skipped_step_is_counted(text, tmp_path, monkeypatch):
     def spoiled(*args): m = train_step(*args); return m|dict(skipped=int(args[-1] in (0, 2)))
     monkeypatch.setattr(T, 'train_step', spoiled); monkeypatch.setattr(T.Log, 'plot', lambda self: None)
-    assert T.train(data=str(text), out=str(tmp_path/'run'), steps=4, evals=1, **SMALL)['steps skipped']==2
+    assert R.train(data=str(text), out=str(tmp_path/'run'), steps=4, evals=1, **SMALL)['steps skipped']==2
 
 @pytest.mark.parametrize('signum,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_to_the_bit(run, text, tmp_path, monkeypatch, signum, code):
     whole,out = run[0],tmp_path/'cut'
     stop_at(monkeypatch, 2, signum)
-    with pytest.raises(T.Stopped, match='stopped after step 3 and saved; .*--resume') as e: T.train(data=str(text), out=str(out), steps=6, **SMALL)
+    with pytest.raises(T.Stopped, match='stopped after step 3 and saved; .*--resume') as e: R.train(data=str(text), out=str(out), steps=6, **SMALL)
     assert e.value.code==code
     monkeypatch.undo()
     assert len(T.read_metrics(out/'metrics.jsonl'))==3 and files(out)>=FOLDER and not (out/'README.md').exists()
-    rest = T.train(out=str(out), resume=True)
+    rest = R.train(out=str(out), resume=True)
     assert steps_of(out)==steps_of(whole)
     assert all(rest[k]==run[1][k] for k in ('held-out loss, nats per token', 'sample', 'targets seen in training'))
     assert (out/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes()
@@ -174,31 +175,68 @@ def steps_of(out):
     return [{k: v for k,v in m.items() if k not in ('tokens_per_second', 'memory', 'waited')} for m in T.read_metrics(out/'metrics.jsonl')]
 
 def test_the_same_seed_gives_the_same_whale(text, tmp_path):
-    a,b,c = (T.train(data=str(text), out=str(tmp_path/d), steps=2, seed=s, **SMALL) for d,s in (('a', 1), ('b', 1), ('c', 2)))
+    a,b,c = (R.train(data=str(text), out=str(tmp_path/d), steps=2, seed=s, **SMALL) for d,s in (('a', 1), ('b', 1), ('c', 2)))
     key = 'held-out loss, nats per token'
     assert a[key]==b[key]!=c[key] and a['sample']==b['sample']
 
 def test_nothing_is_overwritten(run, text):
     out,_ = run
     before = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
-    with pytest.raises(FileExistsError, match='already holds a run'): T.train(data=str(text), out=str(out), steps=1)
-    with pytest.raises(ValueError, match='nothing to go on with'): T.train(out=str(out), resume=True)
+    with pytest.raises(FileExistsError, match='already holds a run'): R.train(data=str(text), out=str(out), steps=1)
+    with pytest.raises(ValueError, match='nothing to go on with'): R.train(out=str(out), resume=True)
     assert before=={f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
 
 def test_two_runs_do_not_share_a_folder(run, text, tmp_path, monkeypatch):
     "Neither a resumed one nor a new one, nor one that began earlier and got its first rows later"
     old,new = tmp_path/'old',tmp_path/'new'
     shutil.copytree(run[0], old); (old/'README.md').unlink(); new.mkdir()
-    with T.Claim() as a, T.Claim() as b:
+    with R.Claim() as a, R.Claim() as b:
         a.take(old); b.take(new)
-        with pytest.raises(FileExistsError, match='another run is at work'): T.train(out=str(old), resume=True)
-        with pytest.raises(FileExistsError, match='another run is at work'): T.train(data=str(text), out=str(new), steps=1, **SMALL)
+        with pytest.raises(FileExistsError, match='another run is at work'): R.train(out=str(old), resume=True)
+        with pytest.raises(FileExistsError, match='another run is at work'): R.train(data=str(text), out=str(new), steps=1, **SMALL)
         assert not list(new.iterdir())
-    real = T.Claim.take
+    real = R.Claim.take
     def late(self, out): (out/'run.json').write_text('{}'); real(self, out)
-    monkeypatch.setattr(T.Claim, 'take', late)
-    with pytest.raises(FileExistsError, match='already holds a run'): T.train(data=str(text), out=str(new), steps=1, **SMALL)
+    monkeypatch.setattr(R.Claim, 'take', late)
+    with pytest.raises(FileExistsError, match='already holds a run'): R.train(data=str(text), out=str(new), steps=1, **SMALL)
     assert (new/'run.json').read_text()=='{}'
+
+def begun_before_kernels(run, out):
+    "A copy of the run as it was after four steps, by a version whose recipes knew no kernels"
+    shutil.copytree(run[0], out)
+    shutil.rmtree(out/'checkpoints/step-00000006')
+    (out/'README.md').unlink()
+    spec = json.loads((out/'run.json').read_text())
+    assert spec['recipe'].pop('kernels')=='fast'
+    (out/'run.json').write_text(json.dumps(spec))
+
+@pytest.mark.parametrize('asked', [{}, dict(kernels='fast')])
+def test_a_run_from_before_there_were_kernels_goes_on_to_the_bit(run, tmp_path, asked):
+    out = tmp_path/'old'
+    begun_before_kernels(run, out)
+    R.train(out=str(out), resume=True, **asked)
+    assert steps_of(out)==steps_of(run[0])
+    assert (out/'model.safetensors').read_bytes()==(run[0]/'model.safetensors').read_bytes()
+
+def test_a_run_from_before_there_were_kernels_does_not_change_them(run, tmp_path):
+    out = tmp_path/'old'
+    begun_before_kernels(run, out)
+    with pytest.raises(ValueError, match=r'not with --kernels plain \(it has fast\)'): R.train(out=str(out), resume=True, kernels='plain')
+
+@pytest.mark.parametrize('kernels', ['plain', 'fast'])
+def test_whale_and_optimizers_compute_with_the_kernels_of_the_recipe(text, tmp_path, monkeypatch, kernels):
+    "And so does a run that goes on"
+    met = []
+    def noted(net, whale, opts, *rest):
+        met.append(['head_loss' in vars(whale), any('products' in vars(o) for o in opts)])
+        return train_step(net, whale, opts, *rest)
+    monkeypatch.setattr(T, 'train_step', noted)
+    monkeypatch.setattr(T.Log, 'plot', lambda self: None)
+    R.train(data=str(text), out=str(tmp_path/'run'), steps=2, evals=2, kernels=kernels, **SMALL)
+    shutil.rmtree(tmp_path/'run/checkpoints/step-00000002')
+    (tmp_path/'run/README.md').unlink()
+    R.train(out=str(tmp_path/'run'), resume=True)
+    assert met==[[kernels=='fast']*2]*3
 
 def test_the_best_step_is_noted(run):
     held = {m['step']+1: m['held_out_loss'] for m in T.read_metrics(run[0]/'metrics.jsonl') if 'held_out_loss' in m}
@@ -213,5 +251,5 @@ def test_a_tokenizer_that_does_not_fit(run, text, tmp_path):
     with pytest.raises(ValueError, match='no tokenizer could be loaded'): T.make_tokenizer(replace(recipe, tokenizer=str(tmp_path)), 300, 20, None)
 
 def test_a_given_tokenizer_is_the_runs(run, text, tmp_path):
-    T.train(data=str(text), out=str(tmp_path/'other'), steps=1, evals=1, tokenizer=str(run[0]), seed=5, **SMALL)
+    R.train(data=str(text), out=str(tmp_path/'other'), steps=1, evals=1, tokenizer=str(run[0]), seed=5, **SMALL)
     assert (tmp_path/'other'/'tokenizer.json').read_bytes()==(run[0]/'tokenizer.json').read_bytes()
