@@ -127,7 +127,8 @@ def check_asked(
     **changes,
 ):
     "Refuse to go on with a run otherwise than it was begun, in one line that names each difference"
-    mine = spec['recipe'] | dict(preset=spec['preset'], seed=spec['seed'])
+    recorded = asdict(Recipe(**spec['recipe']))   # what is newer than the run has its default
+    mine = recorded | dict(preset=spec['preset'], seed=spec['seed'])
     told = asdict(get_recipe(preset or spec['preset'], recipe, **changes)) if recipe else changes
     told = told | dict(preset=preset, seed=seed)
     other = {k: v for k,v in told.items() if v is not None and v!=mine.get(k)}

@@ -14,8 +14,8 @@ from nanowhale.generate import chat
 from nanowhale import cli
 from nanowhale.train import data
 from nanowhale.train import stream
-from nanowhale import run as whole_run
-from nanowhale.train import loop as train
+from nanowhale.train import loop
+from nanowhale.run import train
 from nanowhale.train.checkpoint import checkpoints, drop_metrics, read_metrics
 from nanowhale.model.whale import Whale
 from nanowhale.generate.weights import find_folder
@@ -116,8 +116,8 @@ def run(tmp_path_factory):
     d = tmp_path_factory.mktemp('abuse')
     (d/'words.jsonl').write_text(jsonl(texts(60)))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(train.Log, 'plot', lambda self: None); m.setenv('TQDM_DISABLE', '1')
-        whole_run.train(data=str(d/'words.jsonl'), out=str(d/'run'), steps=3, evals=3, batch_size=2, context=32)
+        m.setattr(loop.Log, 'plot', lambda self: None); m.setenv('TQDM_DISABLE', '1')
+        train(data=str(d/'words.jsonl'), out=str(d/'run'), steps=3, evals=3, batch_size=2, context=32)
     return d/'run'
 
 def copy(run, to, ignore=()):
@@ -185,7 +185,7 @@ def assert_none(x): assert x==[]
 @many
 def test_resuming_from_a_damaged_run(run, tmp_path, times, monkeypatch):
     "run.json, the trainer's state and its tensors: the command goes on, or says in one line what is damaged"
-    monkeypatch.setattr(train.Log, 'plot', lambda self: None); monkeypatch.setenv('TQDM_DISABLE', '1')
+    monkeypatch.setattr(loop.Log, 'plot', lambda self: None); monkeypatch.setenv('TQDM_DISABLE', '1')
     monkeypatch.setattr(stream, 'WAITS', ()); monkeypatch.setattr(stream.time, 'sleep', lambda s: None)
     def make(r):
         def case():
@@ -221,7 +221,7 @@ VALUES = ['', '-1', '0', '1', '3', '0.5', 'nan', 'inf', '-inf', '1e400', '999999
 @many
 def test_command_lines(run, tmp_path, times, monkeypatch):
     monkeypatch.setenv('TQDM_DISABLE', '1'); monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.Run, 'go', lambda self: (_ for _ in ()).throw(ValueError('far enough')))
+    monkeypatch.setattr(loop.Run, 'go', lambda self: (_ for _ in ()).throw(ValueError('far enough')))
     (tmp_path/'short.txt').write_text('a whale sings\n\n'*300)
     def make(r):
         def case():

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest, torch
 from torch.testing import assert_close
 import nanowhale.train.step as step
-import nanowhale.run as R, nanowhale.train.loop as T
+import nanowhale.run as R
+import nanowhale.train.loop as T
 from nanowhale.presets import tiny
 from nanowhale.train.data import encode, load_tokenizer, pack
 from nanowhale.train.evaluate import evaluate
@@ -199,6 +200,43 @@ def test_two_runs_do_not_share_a_folder(run, text, tmp_path, monkeypatch):
     monkeypatch.setattr(R.Claim, 'take', late)
     with pytest.raises(FileExistsError, match='already holds a run'): R.train(data=str(text), out=str(new), steps=1, **SMALL)
     assert (new/'run.json').read_text()=='{}'
+
+def begun_before_kernels(run, out):
+    "A copy of the run as it was after four steps, by a version whose recipes knew no kernels"
+    shutil.copytree(run[0], out)
+    shutil.rmtree(out/'checkpoints/step-00000006')
+    (out/'README.md').unlink()
+    spec = json.loads((out/'run.json').read_text())
+    assert spec['recipe'].pop('kernels')=='fast'
+    (out/'run.json').write_text(json.dumps(spec))
+
+@pytest.mark.parametrize('asked', [{}, dict(kernels='fast')])
+def test_a_run_from_before_there_were_kernels_goes_on_to_the_bit(run, tmp_path, asked):
+    out = tmp_path/'old'
+    begun_before_kernels(run, out)
+    R.train(out=str(out), resume=True, **asked)
+    assert steps_of(out)==steps_of(run[0])
+    assert (out/'model.safetensors').read_bytes()==(run[0]/'model.safetensors').read_bytes()
+
+def test_a_run_from_before_there_were_kernels_does_not_change_them(run, tmp_path):
+    out = tmp_path/'old'
+    begun_before_kernels(run, out)
+    with pytest.raises(ValueError, match=r'not with --kernels plain \(it has fast\)'): R.train(out=str(out), resume=True, kernels='plain')
+
+@pytest.mark.parametrize('kernels', ['plain', 'fast'])
+def test_whale_and_optimizers_compute_with_the_kernels_of_the_recipe(text, tmp_path, monkeypatch, kernels):
+    "And so does a run that goes on"
+    met = []
+    def noted(net, whale, opts, *rest):
+        met.append(['head_loss' in vars(whale), any('products' in vars(o) for o in opts)])
+        return train_step(net, whale, opts, *rest)
+    monkeypatch.setattr(T, 'train_step', noted)
+    monkeypatch.setattr(T.Log, 'plot', lambda self: None)
+    R.train(data=str(text), out=str(tmp_path/'run'), steps=2, evals=2, kernels=kernels, **SMALL)
+    shutil.rmtree(tmp_path/'run/checkpoints/step-00000002')
+    (tmp_path/'run/README.md').unlink()
+    R.train(out=str(tmp_path/'run'), resume=True)
+    assert met==[[kernels=='fast']*2]*3
 
 def test_the_best_step_is_noted(run):
     held = {m['step']+1: m['held_out_loss'] for m in T.read_metrics(run[0]/'metrics.jsonl') if 'held_out_loss' in m}
