@@ -23,6 +23,7 @@ from nanowhale.model.visibility import window_mask
 from nanowhale.train.data import train_tokenizer
 from nanowhale.generate.sample import (Rows, TextStream, docs_of, draw, generate, keep_min_p,
     keep_top_k, keep_top_p, left_pad, next_logits, penalize_repeats, scale_temperature, warp)
+from nanowhale.fast.kernels import use
 from nanowhale.train.evaluate import evaluating
 from nanowhale.generate.cache import Cache
 from nanowhale.model.whale import Whale
@@ -107,6 +108,8 @@ def test_draws_follow_the_distribution():
 
 # ---------------------------------------------------------------- the cache
 
+both_kernels = pytest.mark.parametrize('kernels', ['plain', 'fast'])
+
 @torch.inference_mode()
 def one_by_one(whale, ids, docs=None, prefill=1):
     cache,out = Cache(whale.cfg),[]
@@ -122,19 +125,21 @@ def error(whale, ids, docs=None, prefill=1):
     real = torch.ones_like(full[...,0]).bool() if docs is None else docs[:,prefill-1:]>=0
     return ((one_by_one(whale, ids, docs, prefill)-full)[real].abs().max()/full[real].abs().max().clamp(min=1)).item()
 
+@both_kernels
 @pytest.mark.parametrize('window,prefill', [(1, 1), (7, 3), (64, 100)])
-def test_cached_is_full_at_300_positions(window, prefill):
-    whale = a_whale(window, sliding_window=window)
+def test_cached_is_full_at_300_positions(window, prefill, kernels):
+    whale = use(a_whale(window, sliding_window=window), kernels)
     ids,docs = torch.randint(0, 50, (2,300)),torch.zeros(2, 300).long()
     docs[1,:9] = -1
     assert error(whale, ids, docs, prefill)<1e-5
 
+@both_kernels
 @pytest.mark.parametrize('seed', range(24))
-def test_cached_is_full_over_configurations(seed):
+def test_cached_is_full_over_configurations(seed, kernels):
     r = random.Random(seed)
     torch.manual_seed(seed)
     cfg,B,T = random_config(r)
-    whale = randomise(Whale(cfg)).double()
+    whale = use(randomise(Whale(cfg)).double(), kernels)
     with exact_angles(): assert error(whale, torch.randint(0, cfg.vocab_size, (B,T+5)), prefill=r.randint(1, T))<1e-10
 
 LIMITS = dict(steps=1e-5, pieces=1e-5, full_hf=1e-5, steps_hf=1e-5, steps64=1e-10, pieces64=1e-10, full_hf64=1e-10)
@@ -156,7 +161,7 @@ def random_sizes(r, W, T):
     while sum(sizes)<T: sizes.append(min(T-sum(sizes), r.choice([1, 2, 3, r.randint(1, 9), max(1, W-1), W, W+1, 2*W+1])))
     return sizes
 
-def compare(seed, draw=0, T=300, floats=('', '64')):
+def compare(seed, draw=0, T=300, floats=('', '64'), kernels='fast'):
     "Worst errors of the configuration drawn from `seed`; another `draw` gives the same one other weights and tokens"
     r = random.Random(seed)
     cfg,B,_ = random_config(r)
@@ -166,6 +171,7 @@ def compare(seed, draw=0, T=300, floats=('', '64')):
     sizes,prefill,pads = random_sizes(r, W, T),r.randint(1, 2*W),[0]+[r.choice([1, W, r.randint(0, 250)]) for _ in range(B-1)]
     torch.manual_seed(seed+1_000_003*draw)
     whale,hf = pair(cfg)
+    use(whale, kernels)
     ids,real = torch.randint(0, cfg.vocab_size, (B, T)),torch.arange(T)>=torch.tensor([min(p, T-10) for p in pads])[:,None]
     docs,got = real.long()-1,dict(seed=seed, cfg=cfg, B=B, again=bool(draw))
     full = None
@@ -191,9 +197,10 @@ def compare_twice(seed, **kw):
     got = compare(seed, **kw)
     return compare(seed, 1, **kw) if beyond(got) and not any(k.endswith('64') for k in beyond(got)) else got
 
+@both_kernels
 @pytest.mark.parametrize('seed', range(8))
-def test_cached_is_full_is_transformers(seed):
-    got = compare_twice(seed, T=80, floats=['', '64'])   # float32 is measured by what it costs
+def test_cached_is_full_is_transformers(seed, kernels):
+    got = compare_twice(seed, T=80, floats=['', '64'], kernels=kernels)   # float32 is measured by what it costs
     for k in LIMITS: assert got[k]/allowed(got, k)<=1., (k, got)
 
 def test_float64_cache_is_exact():

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest, torch
 from torch.testing import assert_close
 import nanowhale.generate.speculate as spec
+from nanowhale.fast.kernels import use
 from nanowhale.model.config import SWA, WhaleConfig
 from nanowhale.model.visibility import views, whole_rows
 from nanowhale.model.whale import Whale
@@ -51,10 +52,11 @@ def with_window(whale, W, **kw): return Whale.from_state_dict(replace(whale.cfg,
 
 # ---------------------------------------------------------------- identity
 
+@pytest.mark.parametrize('kernels', ['plain', 'fast'])
 @pytest.mark.parametrize('window', range(1, 11))
-def test_greedy_is_plain_decoding(trained, window):
+def test_greedy_is_plain_decoding(trained, window, kernels):
     "20 prompts for each of ten windows, lengths around the window's edge, 1 to 5 drafts, some texts ended by an EOS"
-    whale,r,rounds = with_window(trained, window),random.Random(window),[]
+    whale,r,rounds = use(with_window(trained, window), kernels),random.Random(window),[]
     lengths = [1, 2, max(1, window-1), window, window+1, window+2, 2*window, 3*window+1]
     for i in range(20):
         ids = torch.tensor([pattern(r, lengths[i] if i<8 else r.randint(1, 25))])
