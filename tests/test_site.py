@@ -62,8 +62,9 @@ def test_source_links_stand_on_the_line_that_defines_the_name():
     names,pages = api.pages(ROOT, build.GIT, lessons)
     found = 0
     for module,text in pages.items():
-        lines = (ROOT/f'nanowhale/{module.replace(".", "/")}.py').read_text(encoding='utf-8').splitlines()
-        for name,at in re.findall(rf'^##+ `([\w.]+)`\n\n[^\n]*\n\[source\]\({build.GIT}/blob/main/nanowhale/{module.replace(".", "/")}\.py#L(\d+)\)', text, flags=re.M):
+        path = f'nanowhale/{module.replace(".", "/")}.py'
+        lines = (ROOT/path).read_text(encoding='utf-8').splitlines()
+        for name,at in re.findall(rf'^##+ `([\w.]+)`\n\n[^\n]*\n\[source\]\({build.GIT}/blob/main/{path}#L(\d+)\)', text, flags=re.M):
             assert re.search(rf'\b{name.split(".")[-1]}\b', lines[int(at)-1]), f'{module}.{name}'
             found += 1
         public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', '\n'.join(lines), flags=re.M|re.S)[1])

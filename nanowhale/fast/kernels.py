@@ -31,7 +31,8 @@ def check(
     docs:Tensor|None=None,    # [B,T]
 ):
     "`check_batch`; the numbers only where nobody would wait for them"
-    values = getattr(input_ids, 'is_cpu', True) and not torch.compiler.is_compiling()
+    elsewhere = isinstance(input_ids, Tensor) and input_ids.device.type!='cpu'
+    values = not elsewhere and not torch.compiler.is_compiling()
     check_batch(V, input_ids, labels, docs, values)
 
 # %% ../../nbs/4_speed/37_kernels.ipynb #cedd9f77
