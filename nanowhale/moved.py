@@ -79,7 +79,8 @@ def names_of(
         if f'{old}.{name}' in PUBLIC:
             return getattr(import_module(f'nanowhale.{PUBLIC[f"{old}.{name}"]}'), name)
         found,place = find(old, name)
-        warnings.warn(f'nanowhale.{old}.{name} is now {place}; the old name goes with the next version', FutureWarning, stacklevel=2)
+        text = f'nanowhale.{old}.{name} is now {place}; the old name goes with the next version'
+        warnings.warn(text, FutureWarning, stacklevel=2)
         return found
     return look_up
 
@@ -90,6 +91,8 @@ class OldModules(MetaPathFinder, Loader):
         package,_,old = fullname.rpartition('.')
         if package=='nanowhale' and old in MOVED: return ModuleSpec(fullname, self)
     def create_module(self, spec): return None
-    def exec_module(self, module): module.__getattr__ = names_of(module.__name__.rpartition('.')[-1])
+    def exec_module(self, module):
+        module.__getattr__ = names_of(module.__name__.rpartition('.')[-1])
 
-if not any(isinstance(finder, OldModules) for finder in sys.meta_path): sys.meta_path.append(OldModules())
+if not any(isinstance(finder, OldModules) for finder in sys.meta_path):
+    sys.meta_path.append(OldModules())

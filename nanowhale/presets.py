@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'tiny', 'nanowhale_100m', 'tiny_v4', 'nanowhale_v4', 'get_preset', 'layer_params', 'add_up', 'count_params',
-           'mean_keys', 'mean_entries', 'layer_flops', 'count_flops', 'cache_bytes']
+           'n_params', 'mean_keys', 'mean_entries', 'layer_flops', 'count_flops', 'cache_bytes']
 
 # %% ../nbs/1_architecture/03_presets.ipynb #d1ac0b62
 from collections import Counter
@@ -110,6 +110,14 @@ def count_params(
     mtp = sum(layer_params(c, active).values()) + 2*D*D + 3*D + collapse
     vocab = c.vocab_size*D
     return dict(embed=vocab) | n | dict(head=vocab, mtp=c.num_nextn_predict_layers*mtp)
+
+def n_params(
+    whale,          # a `Whale`
+    mtp:bool=True,  # count the MTP block too?
+)->int:             # of the checkpoint, router biases included, tables of hash layers not
+    "How many weights a whale has"
+    weights = {n: t for n,t in whale.state_dict().items() if t.is_floating_point()}
+    return sum(t.numel() for n,t in weights.items() if mtp or not n.startswith('mtp.'))
 
 # %% ../nbs/1_architecture/03_presets.ipynb #5df2739f
 def mean_keys(

@@ -411,7 +411,7 @@ def test_balance_is_summed_over_blocks_and_what_indexers_lose_is_averaged(monkey
         real,found = getattr(where, name),met.setdefault(name, [])
         def f(*args): found.append(real(*args)); return found[-1]
         monkeypatch.setattr(where, name, f)
-    noted(moe, 'balance_loss'); noted(compress, 'index_loss')
+    noted(builder, 'balance_loss'); noted(compress, 'index_loss')
     out = whale(ids, labels=ids, sparse=False)
     assert {k: len(v) for k,v in met.items()}==dict(balance_loss=4, index_loss=2)   # the MTP block has experts too
     assert_close(out.balance_loss, sum(met['balance_loss'])); assert_close(out.indexer_loss, sum(met['index_loss'])/2)

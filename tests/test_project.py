@@ -140,3 +140,21 @@ def test_wheel_installs_elsewhere_and_imports(wheel, tmp_path):
     code = f'import importlib\nfor n in {sorted(names, reverse=True)}: print(importlib.import_module(n).__file__)'
     files = run('-c', code, cwd=tmp_path, path=tmp_path/'site').splitlines()
     assert len(files)==len(names) and all(f.startswith(str(tmp_path/'site')) for f in files), files
+
+# ---------------------------------------------------------------- the house
+
+WIDE = 100
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+def test_exported_code_fits_in_a_hundred_columns(nb):
+    cells = [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    wide = [line for c in cells if re.match(r'#\|\s*export', c) for line in c.splitlines() if len(line)>WIDE]
+    assert not wide, f'{nb.name}: {wide[0]}'
+
+@pytest.mark.parametrize('module', [m for m in MODULES if m.parent.name=='model'], ids=dotted)
+def test_the_model_is_plain(module):
+    "No kernel, compiler flag, device test or file, and nothing of the other packages: `fast`, `train` and `generate` come after it"
+    text = module.read_text(encoding='utf-8')
+    machinery = re.findall(r'mkldnn|flex_attention|autograd\.Function|is_compiling|safetensors|device\.type|triton|import os|open\(', text)
+    assert not machinery, f'{dotted(module)}: {machinery[0]}'
+    assert not re.findall(r'^from \.\.|^from nanowhale\.(?!model)|^import nanowhale', text, flags=re.M)

@@ -13,7 +13,7 @@ from ..model.rope import upcast
 
 # %% ../../nbs/4_speed/36_sinkhorn.ipynb #c39d5645
 class Divide(torch.autograd.Function):
-    "Positive matrices [j,k,...] divided by their sums over j, k, j, ..., k, j; a lean exact backward"
+    "Positive matrices [j,k,...] divided by their sums over j, k, ..., j; a lean exact backward"
     @staticmethod
     def forward(ctx, m, iters, eps):
         saved = []

@@ -96,7 +96,8 @@ def check_size(
     try: fits = split_torch_state_dict_into_shards({}, max_shard_size=size) is not None
     except ValueError: fits = False
     if not fits:
-        raise ValueError(f'max_shard_size={size!r}: need a number with KB, MB, GB or TB, such as 5GB')
+        raise ValueError(f'max_shard_size={size!r}: '
+            'need a number with KB, MB, GB or TB, such as 5GB')
 
 def export(
     folder:str|Path,                # checkpoint folder, or a model on the Hub

@@ -16,10 +16,7 @@ from .hyper import HyperConnection, collapse, mix
 # %% ../../nbs/1_architecture/10_block.ipynb #8424fa02
 class Block(nn.Module):
     "Attention, then the experts, each attached to the streams by a hyper-connection (V4 section 2)"
-    def __init__(self,
-        cfg,                # a `WhaleConfig`
-        attention:str=SWA,  # kind of attention, one of its `layer_types`
-        mlp:str='moe'):     # kind of feed-forward part, one of its `mlp_layer_types`
+    def __init__(self, cfg, attention=SWA, mlp='moe'):   # of `layer_types`, `mlp_layer_types`
         super().__init__()
         D = cfg.hidden_size
         self.attn_hc = HyperConnection(cfg)

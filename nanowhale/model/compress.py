@@ -50,11 +50,8 @@ class Compressor(nn.Module):
         absent = blocks.first[...,None] & (ago<=-self.rate)   # the block before
         return self.own(c), z.masked_fill(absent[...,None], float('-inf')).softmax(2)
 
-    def forward(self,
-        x:Tensor,       # [B,T,D] normalised input of the layer
-        blocks:Blocks,  # where they lie
-        memory=None,    # while generating: what it keeps of earlier tokens
-    ) -> Tensor:        # [B,C,W] entries, rotated, earlier ones included
+    def forward(self, x, blocks, memory=None):   # memory: of earlier tokens, while generating
+        "Entries [B,C,W], rotated, earlier ones included, of a layer's input [B,T,D]"
         c,w = self.weigh(x, blocks, memory)
         entries = self.kv_norm((w*c).sum(2).to(c.dtype))
         entries = rotate(entries[:,:,None], *blocks.rope)[:,:,0]

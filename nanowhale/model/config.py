@@ -77,8 +77,8 @@ def check_layers(field, kinds, layers):
 
 # %% ../../nbs/1_architecture/02_config.ipynb #e5c394b2
 def later(name):   # module and function
-    "A method that a later chapter brings along, in the part on files"
-    def method(*args, **kwargs): return resolve_name(f'nanowhale.generate.{name}')(*args, **kwargs)
+    "A method that a later chapter brings along, and that is looked up when it is called"
+    def method(*args, **kwargs): return resolve_name(f'nanowhale.{name}')(*args, **kwargs)
     return method
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ class WhaleConfig:
         "Tokens in one entry, by kind of compressed attention"
         return {CSA: self.compress_rate_csa, HCA: self.compress_rate_hca}
 
-    from_hf = staticmethod(later('hf_config.config_from_hf'))
-    to_dict = later('hf_config.config_to_dict')
-    to_hf = later('hf_config.config_to_hf')
+    from_hf = staticmethod(later('generate.hf_config.config_from_hf'))
+    to_dict = later('generate.hf_config.config_to_dict')
+    to_hf = later('generate.hf_config.config_to_hf')
 
 _OWN = ('n_shared_experts', 'num_nextn_predict_layers', 'initializer_range')   # have other rules
 SIZES = tuple(f.name for f in fields(WhaleConfig) if f.type is int and f.name not in _OWN)

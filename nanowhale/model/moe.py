@@ -24,8 +24,7 @@ def sqrt_softplus(
 
 def softmax(z): return z.softmax(-1)
 
-# by `scoring_func`
-SCORES = dict(sqrtsoftplus=sqrt_softplus, sigmoid=torch.sigmoid, softmax=softmax)
+SCORES = dict(sqrtsoftplus=sqrt_softplus, sigmoid=torch.sigmoid, softmax=softmax)   # by name
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #c17543fc
 def gate_weights(
@@ -198,9 +197,7 @@ class Routing(NamedTuple):
 
 class MoE(nn.Module):
     "V4's mixture of experts: k routed experts per token and the shared one"
-    def __init__(self,
-        cfg,              # a `WhaleConfig`
-        kind:str='moe'):  # or hash_moe: a table chooses
+    def __init__(self, cfg, kind='moe'):   # or hash_moe: a table chooses
         super().__init__()
         self.gate = HashRouter(cfg) if kind=='hash_moe' else Router(cfg)
         self.experts = Experts(cfg)

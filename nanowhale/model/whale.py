@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from .config import SWA, later
 from .visibility import views, whole_rows, window_mask
 from .attention import Linear, RMSNorm
-from .moe import balance_loss, bias_step, expert_load, hash_table
+from .moe import balance_loss, expert_load, hash_table
 from .hyper import HyperHead
 from .block import Block
 from .mtp import MTPBlock, head_loss, next_embeddings, shift_labels
@@ -31,12 +31,8 @@ class Trunk(nn.Module):
         self.hc_head = HyperHead(cfg)
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self,
-        e:Tensor,      # [B,T,D] embeddings
-        seen:dict,     # rope and mask for each kind of attention, from `views`
-        caches:list,   # one per layer, or None each
-        ids:Tensor,    # [B,T] the tokens themselves, for layers that route by a table
-    ) -> tuple:        # [B,T,N,D] streams after the last block, and one `Routing` per layer
+    def forward(self, e, seen, caches, ids):
+        "Streams [B,T,N,D] and a `Routing` a layer, of embeddings [B,T,D]; `seen` is from `views`"
         X = e[:,:,None].repeat(1, 1, self.n_streams, 1)
         routings = []
         for layer,kind,cache in zip(self.layers, self.attention, caches):
@@ -174,28 +170,10 @@ class Whale(nn.Module):
                 t.data = kept[n].to(t.device, torch.float32)
         return self
 
-    def n_params(self,
-        mtp:bool=True,  # count the MTP block too?
-    ) -> int:           # of the checkpoint, router biases included, tables of hash layers not
-        "How many weights the whale has"
-        weights = {n: t for n,t in self.state_dict().items() if t.is_floating_point()}
-        return sum(t.numel() for n,t in weights.items() if mtp or not n.startswith('mtp.'))
-
-    @torch.no_grad()
-    def update_router_bias(self,
-        expert_load:Tensor,  # [blocks,E] as in `WhaleOutput`, summed over the batches of a step
-        speed:float=0.001,   # how far a bias moves
-    ):
-        "Once per step, outside the optimizer: push each router's bias towards its idle experts"
-        gates = [block.mlp.gate for block in [*self.model.layers, *self.mtp]]
-        if len(expert_load)!=len(gates): raise ValueError(f'expert_load: {len(expert_load)} rows '
-            f'for {len(gates)} blocks; take it from a pass with labels')
-        for gate,load in zip(gates, expert_load):
-            bias = getattr(gate, 'e_score_correction_bias', None)   # a table has none
-            if bias is not None: bias.copy_(bias_step(bias, load, speed))
-
-    from_state_dict = staticmethod(later('folder.from_state_dict'))
-    from_pretrained = staticmethod(later('folder.load_whale'))
-    save_pretrained = later('folder.save_whale')
-    from_hf = staticmethod(later('folder.from_transformers'))
-    to_hf = later('folder.to_transformers')
+    n_params = later('presets.n_params')
+    update_router_bias = later('train.step.update_router_bias')
+    from_state_dict = staticmethod(later('generate.folder.from_state_dict'))
+    from_pretrained = staticmethod(later('generate.folder.load_whale'))
+    save_pretrained = later('generate.folder.save_whale')
+    from_hf = staticmethod(later('generate.folder.from_transformers'))
+    to_hf = later('generate.folder.to_transformers')

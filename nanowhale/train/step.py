@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'PARTS', 'n_targets', 'n_queries', 'n_terms', 'watching_mixes', 'cast', 'mixes_of', 'add_gradients',
            'first_not_finite', 'part_of', 'gradient_norms', 'load_shares', 'load_entropy', 'max_vio', 'load_balance',
-           'train_step']
+           'update_router_bias', 'train_step']
 
 # %% ../../nbs/2_training/18_step.ipynb #c196a4e5
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..model.visibility import make_blocks, whole_rows
 from .recipe import Recipe
 from ..model.config import CSA
+from ..model.moe import bias_step
 from ..model.hyper import HyperConnection
 from ..model.whale import Whale
 from ..model.mtp import shift_labels
@@ -205,6 +206,20 @@ def load_balance(
     return {k: v.item() for k,v in worst.items()}
 
 # %% ../../nbs/2_training/18_step.ipynb #7eafc268
+@torch.no_grad()
+def update_router_bias(
+    whale:Whale,         # the model
+    expert_load:Tensor,  # [blocks,E] as in `WhaleOutput`, summed over the batches of a step
+    speed:float=0.001,   # how far a bias moves
+):
+    "Once per step, outside the optimizer: push each router's bias towards its idle experts"
+    gates = [block.mlp.gate for block in [*whale.model.layers, *whale.mtp]]
+    if len(expert_load)!=len(gates): raise ValueError(f'expert_load: {len(expert_load)} rows '
+        f'for {len(gates)} blocks; take it from a pass with labels')
+    for gate,load in zip(gates, expert_load):
+        bias = getattr(gate, 'e_score_correction_bias', None)   # a table has none
+        if bias is not None: bias.copy_(bias_step(bias, load, speed))
+
 def train_step(
     net:nn.Module,                      # from `spread`: what is called
     whale:Whale,                        # the model itself
@@ -235,6 +250,6 @@ def train_step(
         for opt,lr in zip(opts, (recipe.lr, recipe.muon_lr)):
             for group in opt.param_groups: group['lr'] = lr*factor
             opt.step()
-        whale.update_router_bias(load, recipe.bias_speed)
+        update_router_bias(whale, load, recipe.bias_speed)
     for opt in opts: opt.zero_grad()
     return m

@@ -146,7 +146,9 @@ class Blocks(IterableDataset):
 def starting_a_process():
     "Ctrl-C does not reach a process started inside, and its death will not interrupt a step"
     main = threading.current_thread() is threading.main_thread()   # only it handles signals
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGCHLD)} if main else {}
+    names = [name for name in ('SIGINT', 'SIGCHLD') if hasattr(signal, name)]   # Windows has one
+    signals = [getattr(signal, name) for name in names]
+    before = {s: signal.getsignal(s) for s in signals} if main else {}
     if main: signal.signal(signal.SIGINT, signal.SIG_IGN)
     try: yield
     finally:
