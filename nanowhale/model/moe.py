@@ -100,13 +100,12 @@ def balance_loss(
 )->Tensor:         # a number, the mean over the B sequences
     "Balance loss of each sequence (V3 eqs. 17-20): 1 if even, E/k if k experts do everything"
     E,k = scores.shape[-1], idx.shape[-1]
-    if counted is None: counted = torch.ones_like(idx[...,0])
-    counted = counted[...,None].to(scores)
-    T = counted.sum(1).clamp(min=1)
-    chosen = torch.zeros_like(scores).scatter(-1, idx, 1.)
-    shares = scores/(scores.sum(-1, keepdim=True)+1e-20)
-    f = (chosen*counted).sum(1)/T*E/k
-    P = (shares*counted).sum(1)/T
+    def mean(x):   # [B,T,E] -> [B,E]
+        if counted is None: return x.mean(1)
+        w = counted[...,None].to(x)
+        return (x*w).sum(1)/w.sum(1).clamp(min=1)
+    f = mean(torch.zeros_like(scores).scatter(-1, idx, 1.))*E/k
+    P = mean(scores/(scores.sum(-1, keepdim=True)+1e-20))
     return (f*P).sum(-1).mean()
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #a3780b2f
