@@ -107,13 +107,12 @@ _chunks_uncompiled = torch.compiler.disable(attend_chunks)
 def _blocks_uncompiled(*args): return attend_blocks(*args)
 
 def attend_one(q, kv, sinks, mask):
-    "The plain `attend` of a single query; its log-sum-exp by the largest weight, exp(score-lse)"
+    "The plain `attend` of a single query, for which batched products are all there is to do"
     z = upcast(q[:,0]@kv.mT)*q.shape[-1]**-0.5                     # [B,H,S]
     z = z.masked_fill(~mask, float('-inf'))
     z = torch.cat([z, sinks.to(z.dtype)[:,None].expand(*z.shape[:2], 1)], -1)
-    p = z.softmax(-1)
-    lse = z.detach().amax(-1)-p.detach().amax(-1).log()
-    return (p[...,:-1].to(kv.dtype)@kv)[:,None], lse[:,None]
+    o = z.softmax(-1)[...,:-1].to(kv.dtype)@kv
+    return o[:,None], z.detach().logsumexp(-1)[:,None]
 
 def attend(
     q:Tensor,                  # [B,T,H,K] queries, rotated
