@@ -250,6 +250,6 @@ def train_step(
         for opt,lr in zip(opts, (recipe.lr, recipe.muon_lr)):
             for group in opt.param_groups: group['lr'] = lr*factor
             opt.step()
-        update_router_bias(whale, load, recipe.bias_speed)
+        whale.update_router_bias(load, recipe.bias_speed)
     for opt in opts: opt.zero_grad()
     return m
