@@ -13,15 +13,15 @@ from importlib.machinery import ModuleSpec
 
 # %% ../nbs/appendix/97_moved.ipynb #bc02d1b0
 MOVED = {   # old module -> the modules that hold its names now, the first one first
-    'config': 'model.config presets generate.hf_config train.recipe',
-    'rope': 'model.rope',
-    'mla': 'fast.attention model.attention model.visibility generate.cache',
+    'config': 'model.config validate presets generate.hf_config train.recipe',
+    'rope': 'model.rope model.plain',
+    'mla': 'fast.attention model.attention model.plain model.visibility generate.cache',
     'compress': 'model.compress model.visibility generate.cache',
     'moe': 'model.moe fast.experts train.step',
     'hyper': 'model.hyper fast.sinkhorn',
     'block': 'model.block',
     'mtp': 'fast.loss model.mtp',
-    'model': 'model.whale generate.cache model.visibility',
+    'model': 'model.whale validate generate.cache model.visibility',
     'data': 'train.data',
     'stream': 'train.stream',
     'optim': 'train.optim',
@@ -36,7 +36,7 @@ MOVED = {   # old module -> the modules that hold its names now, the first one f
     'weights': 'generate.weights train.files model.whale',
     'legacy': 'generate.legacy',
     'hub': 'generate.hub',
-    'linear': 'fast.products model.attention',
+    'linear': 'fast.products model.plain',
     'graph': 'fast.graph',
     'bench': 'fast.bench',
     'ablate': 'lab.ablate',

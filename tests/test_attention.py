@@ -15,8 +15,8 @@ from nanowhale.presets import nanowhale_100m
 from nanowhale.model.rope import rope_cos_sin
 from nanowhale.model.visibility import window_mask
 from nanowhale.model import attention as mla
-from nanowhale.model.attention import (Attention, GroupedLinear, RMSNorm, attend as attend_dense,
-    rms_norm)
+from nanowhale.model.plain import RMSNorm, rms_norm
+from nanowhale.model.attention import Attention, GroupedLinear, attend as attend_dense
 from nanowhale.generate.cache import KVCache
 from nanowhale.fast import attention as fast_attention
 from nanowhale.fast.attention import (attend, attend_fused, chunk_scores, fused_here, fused_mask,

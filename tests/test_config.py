@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, DeepseekV4Config
 from nanowhale.generate.hf_config import BUILT, rope_factor
-from nanowhale.model.config import CSA, HCA, POSITIVE, SIZES, SWA, WhaleConfig
+from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
+from nanowhale.validate import number_fields
+
+SIZES = number_fields(WhaleConfig, int)
+POSITIVE = number_fields(WhaleConfig, float)
 from nanowhale.presets import (PRESETS, cache_bytes, count_flops, count_params, get_preset,
     layer_params, mean_keys, nanowhale_100m, tiny)
 from nanowhale.generate.legacy import NO_CLAMP, legacy_config

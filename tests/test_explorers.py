@@ -6,7 +6,8 @@ import pytest, torch
 from torch.testing import assert_close
 import browser
 from runs import PATIENCE
-from nanowhale.model.config import SIZES
+from nanowhale.model.config import WhaleConfig
+from nanowhale.validate import number_fields
 from nanowhale.presets import tiny, tiny_v4
 from nanowhale.train.data import load_tokenizer, train_tokenizer
 from nanowhale.generate.sample import generate
@@ -252,7 +253,7 @@ def site(tmp_path_factory):  # yields an address, the whale that the pages run, 
     "The explorers with a whale of random weights"
     top = tmp_path_factory.mktemp('site')
     shutil.copytree(EXPLORERS, top/'explorers', ignore=shutil.ignore_patterns('model', '__pycache__'))
-    folder = whale_folder(top/'whole', **{k: v for k,v in vars(tiny(400)).items() if k in SIZES})
+    folder = whale_folder(top/'whole', **{k: v for k,v in vars(tiny(400)).items() if k in number_fields(WhaleConfig, int)})
     whale = build.export(folder, top/'explorers'/'whale'/'model')
     server,url = browser.serve(top)
     yield url, whale, load_tokenizer(folder)

@@ -10,7 +10,8 @@ from nanowhale.model.hyper import sinkhorn
 from nanowhale.model.moe import run_experts
 from nanowhale.model.mtp import head_loss
 from nanowhale.model.visibility import window_mask
-from nanowhale.model.whale import Whale, check_batch
+from nanowhale.model.whale import Whale
+from nanowhale.validate import check_batch
 from nanowhale.presets import tiny, tiny_v4
 from nanowhale.train.optim import Muon, make_optimizers
 from nanowhale.train.recipe import Recipe

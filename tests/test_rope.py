@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding, apply_rotary_pos_emb
 from nanowhale.model.config import WhaleConfig
-from nanowhale.model.rope import rope_angles, rope_cos_sin, rotate, upcast
+from nanowhale.model.plain import upcast
+from nanowhale.model.rope import rope_angles, rope_cos_sin, rotate
 
 SIZES = [(1,1,1,2,2), (2,5,3,8,4), (2,7,1,10,10), (1,4,6,47,6), (3,2,5,96,64)]   # B, T, H, K, R
 

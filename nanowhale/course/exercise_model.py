@@ -14,7 +14,8 @@ from ..model.config import CSA, WhaleConfig
 from ..presets import count_flops, count_params, tiny
 from ..model.rope import rope_angles, rope_cos_sin, rotate
 from ..model.visibility import Rows, make_blocks, window_mask
-from ..model.attention import GroupedLinear, RMSNorm, attend
+from ..model.plain import RMSNorm
+from ..model.attention import GroupedLinear, attend
 from ..model.compress import choose, index_loss
 from ..model.moe import balance_loss, gate_weights, route, run_experts
 from ..model.hyper import HyperConnection, collapse, mix, sinkhorn

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from ..model.rope import unrounded, upcast
+from ..model.plain import upcast
+from ..model.rope import unrounded
 from ..model.visibility import window_mask
 from ..model.compress import far_sums, index_scores as index_scores_dense
 from .products import products

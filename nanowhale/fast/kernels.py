@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from ..model.config import SWA
-from ..model.attention import Attention, Linear
+from ..model.plain import Linear
+from ..model.attention import Attention
 from ..model.compress import CompressedAttention, Indexer
 from ..model.moe import Experts, Router
 from ..model.hyper import HyperConnection, HyperHead
-from ..model.whale import Whale, check_batch
+from ..model.whale import Whale
+from ..validate import check_batch
 from ..train.optim import Muon
 from .products import ONEDNN, linear, products
 from .attention import attend, far_weights, index_scores, row_mask

@@ -9,7 +9,7 @@ __all__ = ['Divide', 'sinkhorn']
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from ..model.rope import upcast
+from ..model.plain import upcast
 
 # %% ../../nbs/4_speed/36_sinkhorn.ipynb #c39d5645
 class Divide(torch.autograd.Function):

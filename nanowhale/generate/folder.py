@@ -10,7 +10,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ..model.config import SIZES, WhaleConfig
+from ..validate import number_fields
+from ..model.config import WhaleConfig
 from ..model.whale import Whale
 from ..train.files import atomic
 from .hf_config import config_from_hf, config_to_dict, config_to_hf
@@ -26,7 +27,7 @@ def empty_whale(
     try:
         with torch.device('meta'): return Whale(cfg)
     except RuntimeError:     # more bytes than can be counted
-        sizes = {f: getattr(cfg, f) for f in SIZES}
+        sizes = {f: getattr(cfg, f) for f in number_fields(cfg, int)}
         f = max(sizes, key=sizes.get)
         raise ValueError(f'{source}: no memory holds what config.json describes; '
             f'its largest size is {f}={sizes[f]}') from None

@@ -10,7 +10,8 @@ __all__ = ['RATIOS', 'MAX_LAYERS', 'YARN', 'BUILT', 'MODEL_TYPES', 'OURS', 'rope
 # %% ../../nbs/3_generation/27_hf_config.ipynb #71b09097
 import math
 from dataclasses import fields
-from ..model.config import CSA, HCA, LAYERS, SWA, WhaleConfig, reject
+from ..validate import reject
+from ..model.config import CSA, HCA, LAYERS, SWA, WhaleConfig
 
 # %% ../../nbs/3_generation/27_hf_config.ipynb #2fb5fc45
 def rope_factor(

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..model.config import WhaleConfig, reject
+from ..validate import reject
+from ..model.config import WhaleConfig
 from ..train.files import read_json
 from nanowhale.generate.weights import (check_types, find_folder, read_config, read_weights,
     translate)

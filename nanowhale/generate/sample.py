@@ -12,8 +12,8 @@ import math, operator, sys
 from functools import partial
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..model.rope import upcast
-from ..model.whale import check_batch
+from ..model.plain import upcast
+from ..validate import check_batch
 from ..train.evaluate import evaluating
 from .cache import Cache
 

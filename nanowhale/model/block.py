@@ -8,7 +8,8 @@ __all__ = ['Block']
 # %% ../../nbs/1_architecture/10_block.ipynb #315ae5a6
 from torch import nn, Tensor
 from .config import SWA
-from .attention import Attention, RMSNorm
+from .plain import RMSNorm
+from .attention import Attention
 from .compress import CompressedAttention
 from .moe import MoE
 from .hyper import HyperConnection, collapse, mix

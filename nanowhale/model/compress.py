@@ -10,8 +10,9 @@ __all__ = ['take', 'Compressor', 'index_scores', 'Indexer', 'choose', 'far_sums'
 import torch
 from torch import nn, Tensor
 from .config import CSA
-from .rope import rotate, upcast
-from .attention import Attention, Linear, RMSNorm
+from .plain import Linear, RMSNorm, upcast
+from .rope import rotate
+from .attention import Attention
 from .visibility import Blocks
 
 # %% ../../nbs/1_architecture/07_compress.ipynb #24eb1bf9

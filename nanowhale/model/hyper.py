@@ -8,7 +8,8 @@ __all__ = ['collapse', 'mix', 'sinkhorn', 'project', 'HyperConnection', 'HyperHe
 # %% ../../nbs/1_architecture/09_hyper.ipynb #8df82382
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .rope import unrounded, upcast
+from .plain import upcast
+from .rope import unrounded
 
 # %% ../../nbs/1_architecture/09_hyper.ipynb #55564365
 def collapse(

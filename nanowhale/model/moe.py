@@ -11,8 +11,8 @@ import math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .rope import unrounded, upcast
-from .attention import Linear
+from .plain import Linear, upcast
+from .rope import unrounded
 
 # %% ../../nbs/1_architecture/08_moe.ipynb #f7a945c5
 def sqrt_softplus(

@@ -8,8 +8,7 @@ __all__ = ['shift_labels', 'next_embeddings', 'head_loss', 'MTPBlock']
 # %% ../../nbs/1_architecture/11_mtp.ipynb #22153561
 import torch.nn.functional as F
 from torch import Tensor
-from .rope import upcast
-from .attention import Linear, RMSNorm
+from .plain import Linear, RMSNorm, upcast
 from .hyper import HyperHead
 from .block import Block
 

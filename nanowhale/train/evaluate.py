@@ -10,7 +10,7 @@ import lzma, math
 from contextlib import contextmanager
 import torch
 from torch import Tensor
-from ..model.rope import upcast
+from ..model.plain import upcast
 from ..model.mtp import shift_labels
 
 # %% ../../nbs/2_training/21_evaluate.ipynb #f9dbc996

@@ -7,7 +7,7 @@ __all__ = ['INSTEAD', 'COUNTS', 'CHOICES', 'SIZES', 'CARD', 'CHAT', 'LARGE', 'RE
 
 # %% ../../nbs/2_training/17_recipe.ipynb #5573dcb2
 from dataclasses import dataclass, fields, replace
-from ..model.config import check_kind
+from ..validate import check_kind
 
 # %% ../../nbs/2_training/17_recipe.ipynb #c1384cf8
 INSTEAD = dict(tokenizer='init', init_std='init', data='chat')   # value -> what takes its place

@@ -21,7 +21,7 @@ from ..model.whale import Whale
 from ..model.mtp import shift_labels
 from .optim import schedule, whole
 from .parallel import exchanging, my_rows, n_ranks, total
-from ..model.rope import upcast
+from ..model.plain import upcast
 
 # %% ../../nbs/2_training/18_step.ipynb #b88f6119
 def n_targets(

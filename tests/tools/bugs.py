@@ -711,7 +711,7 @@ def equal(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k
 def scores(held, whale): return {k: round(v, 4) for k,v in held.scores(whale).items() if k in ('loss', 'mtp_loss', 'bits_per_byte')}
 
 def train(steps, seed=0, far=False, b=None, healthy=None):
-    "Train the small whale of 40_ablate, with a bug planted or without; the same weights at the start, the same rows"
+    "Train the small whale of 42_ablate, with a bug planted or without; the same weights at the start, the same rows"
     more = dict(FAR if far else {}, steps=steps) | (dict(batch_size=4, accum=2) if b and b.check is accumulation_changes_nothing else {})
     def fresh():
         whale,one_step,held = ablate.begin('base', seed, **more)
@@ -761,7 +761,7 @@ def main():
     p.add_argument('--all', action='store_true', help='run every check on every bug')
     p.add_argument('--train', action='store_true', help='train with each bug instead')
     p.add_argument('--steps', type=int, default=60, help='of training')
-    p.add_argument('--seeds', type=int, default=1, help='runs of the healthy whale (40_ablate has three of the same length, as its base)')
+    p.add_argument('--seeds', type=int, default=1, help='runs of the healthy whale (42_ablate has three of the same length, as its base)')
     a = p.parse_args()
     if a.train: return train_all(a.steps, a.seeds)
     sick = [c.__name__ for c in CHECKS if red(c)]
