@@ -7,8 +7,9 @@ __all__ = ['TOP', 'BOTTOM', 'RUNGS', 'WITHOUT', 'PlainAttention', 'HalfRotating'
            'sizes', 'build', 'flops', 'kept_bytes', 'corpus', 'batches', 'held_out_bits', 'written', 'run', 'table',
            'ladder']
 
-# %% ../../nbs/5_evidence/41_ladder.ipynb #578927f4
+# %% ../../nbs/5_evidence/41_ladder.ipynb #8bda2ded
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -194,14 +195,14 @@ def run(
         curve=[round(mean(losses[i:i+n]), 3) for i in range(0, steps, n)],
         text=written(lambda ids: whale(ids).logits, 'The '))
 
-# %% ../../nbs/5_evidence/41_ladder.ipynb #aa6e52da
+# %% ../../nbs/5_evidence/41_ladder.ipynb #26ba46a3
 def table(
     entries:list,     # of a results file
     upto:str='mtp',   # the last row
-    steps:int=None,   # runs of this length; None: the longest there is
+    steps:int=None,   # runs of this length; None: the length that most of them have
 )->str:
     "What each rung costs and how well it learns, beside the rung below it"
-    steps = steps or max((r['steps'] for r in entries), default=0)
+    steps = steps or Counter(r['steps'] for r in entries).most_common(1)[0][0]
     names = list(RUNGS)[:list(RUNGS).index(upto)+1]
     losses = {r: by_seed(entries, 'bits_per_byte', rung=r, steps=steps) for r in names}
     lines = [f"{'':11}{'parameters':>10}{'MFLOPs':>8}{'cache':>7}{'bits per byte':>18}"
