@@ -1,4 +1,4 @@
-"`nanowhale.model.rope` against loops, complex numbers and transformers; gradients; and each planted bug caught"
+"`nanowhale.model.rope` against loops, complex numbers and transformers; gradients; YaRN; and each planted bug caught"
 import math
 
 import pytest
@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding, apply_rotary_pos_emb
 from nanowhale.model.config import WhaleConfig
 from nanowhale.model.plain import upcast
-from nanowhale.model.rope import rope_angles, rope_cos_sin, rotate
+from nanowhale.model.rope import rope_angles, rope_cos_sin, rotate, unrounded, yarn
 
 SIZES = [(1,1,1,2,2), (2,5,3,8,4), (2,7,1,10,10), (1,4,6,47,6), (3,2,5,96,64)]   # B, T, H, K, R
 
@@ -88,6 +88,52 @@ def test_angles_keep_precision():
         assert_close(rope_angles(pos, R).double(), want, atol=0, rtol=1e-6)
         assert_close(rope_angles(pos.double(), R), want, atol=0, rtol=1e-12)
     with torch.autocast('cpu', torch.bfloat16): assert_close(rope_angles(pos, 64), rope_angles(pos, 64)); assert rope_angles(pos, 64).dtype==torch.float32
+
+# ---------------------------------------------------------------- layouts, precision, YaRN
+
+@pytest.mark.parametrize('K,R', [(4,4), (10,6), (96,32)])
+def test_a_permutation_of_channels_leads_to_halves(K, R):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, K)
+    cos,sin = rope_cos_sin(torch.arange(5), R)
+    order = [*range(K-R), *range(K-R, K, 2), *range(K-R+1, K, 2)]
+    assert_close(halves(x[...,order], cos, sin), rotate(x, cos, sin)[...,order])
+    with pytest.raises(AssertionError): assert_close(halves(x, cos, sin), rotate(x, cos, sin))
+
+def test_bf16_channels_are_rounded_once():
+    torch.manual_seed(0)
+    x = torch.randn(1, 256, 4, 96).bfloat16()
+    cos,sin = rope_cos_sin(torch.arange(256), 64)
+    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+
+def test_products_are_not_rounded_where_it_says_so():
+    a = torch.randn(3, 3)
+    want = a@a
+    with torch.autocast('cpu', torch.bfloat16):
+        assert (a@a).dtype==torch.bfloat16
+        with unrounded(a): assert torch.equal(a@a, want)
+        assert (a@a).dtype==torch.bfloat16
+
+def counted(R, theta, factor, context):
+    "YaRN's speeds by counting turns, without a logarithm: bounds are the last fast and first slow pair"
+    speeds = [theta**(-2*i/R) for i in range(R//2)]
+    turns = [context*s/(2*math.pi) for s in speeds]
+    low = max([i for i,n in enumerate(turns) if n>=32], default=0)
+    high = min([i for i,n in enumerate(turns) if n<=1], default=R-1)
+    slow = [min(max((i-low)/(high-low), 0), 1) for i in range(R//2)]
+    return torch.tensor([s*(1-a)+s/factor*a for s,a in zip(speeds, slow)], dtype=torch.double)
+
+@pytest.mark.parametrize('R,theta,factor,context', [
+    (64,160000.,16.,65536), (64,160000.,4.,4096), (32,10000.,8.,2048), (16,500.,2.,1024)])
+def test_yarn_counts_turns(R, theta, factor, context):
+    one = torch.ones(1, dtype=torch.double)
+    plain,slowed = (rope_angles(one, R, theta, f, context)[0] for f in (1., factor))
+    assert_close(slowed, counted(R, theta, factor, context))
+    assert torch.equal(yarn(plain, theta, factor, context), slowed)
+    turns = plain*context/(2*math.pi)
+    assert torch.equal(slowed[turns>33], plain[turns>33])               # fast pairs keep every bit
+    assert ((slowed*factor*context/(2*math.pi))[turns<1]<1).all()       # slow ones, within a turn
+    assert (yarn(plain, theta**2, factor, context)-slowed).abs().max()>0   # the base enters the bounds
 
 # ---------------------------------------------------------------- planted bugs (bugs-that-train 2 and 3, and bf16 angles)
 

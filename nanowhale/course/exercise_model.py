@@ -109,24 +109,6 @@ def _whole_head(x, pos, R, theta): return _rotate(x, pos, x.shape[-1], theta)
 @mistake('rotate', 'you turned backwards: the sign of the angle is wrong')
 def _turned_backwards(x, pos, R, theta): return _rotate(x, -pos, R, theta)
 
-# %% ../../nbs/appendix/94_exercise_model.ipynb #ea800ce5
-def _turned(v, p, R): return _rotate(v[None,None,None], torch.tensor([p]), R, 10000.)[0,0,0]
-def _score(q, k, m, n, R): return _turned(q, m, R)@_turned(k, n, R)
-
-@exercise('score', _score)
-def _query_and_key(): return [(randn(8), randn(8), 9, 4, 6), (randn(8), randn(8), 2, 2, 4)]
-
-@mistake('score', 'the distance has the wrong sign: '
-    'turning both by -n leaves the key where it was, and the query at m-n')
-def _distance_backwards(q, k, m, n, R): return _turned(q, n-m, R)@k
-
-@mistake('score',
-    'you turned query and key by the same angle, which changes nothing: turn one of them')
-def _nothing_turned(q, k, m, n, R): return q@k
-
-@mistake('score', 'in a product angles subtract: the distance is m-n, not m+n')
-def _angles_added(q, k, m, n, R): return _turned(q, m+n, R)@k
-
 # %% ../../nbs/appendix/94_exercise_model.ipynb #25766cab
 def _averages(q, kv, sinks, mask): return attend(q, kv, sinks, mask)[0]
 
