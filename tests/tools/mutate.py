@@ -17,7 +17,7 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 TESTS = {   # module -> its tests, the quickest first
-    'model.config': 'config compress properties', 'presets': 'config compress properties', 'model.rope': 'rope properties compress',
+    'model.plain': 'plain ladder', 'model.config': 'config compress properties', 'validate': 'config whale', 'presets': 'config compress properties', 'model.rope': 'rope properties compress',
     'model.visibility': 'attention compress block properties', 'model.attention': 'attention block properties',
     'model.compress': 'compress properties', 'model.moe': 'moe properties', 'model.hyper': 'hyper properties bugs', 'model.block': 'block',
     'model.mtp': 'mtp bugs', 'model.whale': 'whale bugs compress weights', 'train.data': 'data stream marks', 'train.stream': 'stream',
@@ -31,8 +31,8 @@ TESTS = {   # module -> its tests, the quickest first
 REST = 'bugs properties whale fast compress block mtp weights parity sample step evaluate train speculate chat checkpoint'
 
 MUTANTS = [   # module, old text, new text
-    ('model.config', '2<=R<=K', 'R<=K'),
-    ('model.config', '0<=i<c.vocab_size', '0<=i<=c.vocab_size'),
+    ('validate', '2<=R<=K', 'R<=K'),
+    ('validate', '0<=i<c.vocab_size', '0<=i<=c.vocab_size'),
     ('presets', '(w*(w+1)/2 + (T-w)*w)/T', '(w*(w-1)/2 + (T-w)*w)/T'),
     ('presets', 'coeffs = N*N + 2*N', 'coeffs = N*N + N'),
     ('presets', 'q*(few-q*rate+1)', 'q*(few-q*rate)'),
@@ -41,7 +41,7 @@ MUTANTS = [   # module, old text, new text
     ('model.rope', 'device=pos.device)/R)', 'device=pos.device)/(R+2))'),
     ('model.rope', 'pair(32)', 'pair(16)'),
     ('model.rope', 'speeds*(1-slow) + speeds/factor*slow', 'speeds*slow + speeds/factor*(1-slow)'),
-    ('model.rope', 'torch.promote_types(x.dtype, torch.float32)', 'torch.promote_types(x.dtype, torch.bfloat16)'),
+    ('model.plain', 'torch.promote_types(x.dtype, torch.float32)', 'torch.promote_types(x.dtype, torch.bfloat16)'),
     ('model.rope', 'still,turn = x.split([x.shape[-1]-R, R], -1)', 'turn,still = x.split([R, x.shape[-1]-R], -1)'),
     ('model.visibility', '(ago>=0) & (ago<window)', '(ago>=0) & (ago<=window)'),
     ('model.visibility', '(ago>=0) & (ago<window)', '(ago>0) & (ago<window)'),
