@@ -93,7 +93,7 @@ MUTANTS = [   # module, old text, new text
     ('model.whale', 'torch.stack(learn).mean()', 'torch.stack(learn).sum()'),
     ('model.whale', ').sum(),', ').mean(),'),
     ('model.whale', 't.dtype.itemsize<min(4, kept', 't.dtype.itemsize>min(4, kept'),
-    ('model.whale', '(x<0) | (x>=V)', '(x<0) | (x>V)'),
+    ('validate', '(x<0) | (x>=V)', '(x<0) | (x>V)'),
     ('train.data', 'rows(doc, -1)', 'rows(doc, 0)'),
     ('train.data', '[tok.bos_token_id, *i, tok.eos_token_id]', '[tok.eos_token_id, *i, tok.bos_token_id]'),
     ('train.data', 'if m), least)', 'if m), most)'),
