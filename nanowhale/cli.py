@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'COMMANDS', 'VALUES', 'OLD', 'train', 'find', 'load', 'read_prompt', 'generate', 'chat', 'evaluate', 'info',
-           'export', 'bench', 'ablate', 'word_type', 'with_values', 'usage', 'spelled', 'complain', 'Parser', 'main']
+           'export', 'bench', 'ablate', 'ladder', 'word_type', 'with_values', 'usage', 'spelled', 'complain', 'Parser',
+           'main']
 
 # %% ../nbs/appendix/91_cli.ipynb #ab77253d
 import argparse, inspect, os, shutil, signal, sys, threading
@@ -245,6 +246,16 @@ def ablate(
     from nanowhale.lab.ablate import ablate
     ablate(name, seeds, steps, out)
 
+def ladder(
+    name:Param('a model (a wrong name lists them), or all of them', str, opt=False),
+    seeds:int=5,             # runs of each
+    steps:int=400,           # of a run
+    out:str='ladder.json',   # file to add the runs to; what it holds is not made again
+):
+    "Train a plain transformer, and the models on the way from it to a whale, on the same bytes"
+    from nanowhale.lab.ladder import ladder
+    ladder(name, seeds, steps, out)
+
 # %% ../nbs/appendix/91_cli.ipynb #9c0020aa
 def word_type(
     anno,   # annotation of a parameter or a field
@@ -277,7 +288,7 @@ def with_values(
 
 # %% ../nbs/appendix/91_cli.ipynb #25a9ca65
 COMMANDS = dict(train=train, generate=generate, chat=chat, eval=evaluate, info=info,
-    export=export, bench=bench, ablate=ablate)
+    export=export, bench=bench, ablate=ablate, ladder=ladder)
 VALUES = dict(train=Recipe)   # commands that take the values of a dataclass as well
 
 def usage() -> str:

@@ -26,6 +26,7 @@ from ..model.hyper import collapse, mix
 from ..model.mtp import shift_labels
 from ..model.whale import Whale
 from ..train.optim import make_optimizers
+from ..train.files import atomic
 from ..train.step import cast
 from ..train.evaluate import evaluating
 from ..train.loop import hardware, keep_freed_memory, peak_memory, pick_device
@@ -371,7 +372,7 @@ def add_to(
     "Add figures to a file, in place of older ones of the same kind"
     def kind(r): return [r.get(k) for k in same]
     others = [r for r in read_entries(path) if kind(r)!=kind(res)]
-    Path(path).write_text(json.dumps([*others, res], indent=1)+'\n')
+    with atomic(path) as temp: temp.write_text(json.dumps([*others, res], indent=1)+'\n')
 
 # %% ../../nbs/4_speed/39_bench.ipynb #664d0703
 def there_and_back(

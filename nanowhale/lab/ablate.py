@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', 'setup', 'words', 'material', 'begin',
-           'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'pace', 'steps_for', 'commit', 'entries',
-           'against_base', 'pace_of', 'shown', 'table', 'ablate']
+           'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'pace', 'steps_for', 'entries', 'against_base',
+           'pace_of', 'shown', 'table', 'ablate']
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #5b84218e
-import subprocess, time
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import mean, median, stdev
 import torch
 from torch import nn
-from .. import __path__, __version__
 from ..model.config import WhaleConfig
 from ..presets import tiny
 from ..model.moe import Router
@@ -32,6 +31,7 @@ from ..train.loop import HeldOut, hardware, keep_freed_memory, make_tokenizer
 from ..generate.sample import whole_number
 from ..fast.kernels import use
 from ..fast.bench import add_to, read_entries
+from .compare import commit
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #42c67490
 # what all of them share, over `tiny` and its recipe
@@ -223,14 +223,6 @@ def steps_for(
 ) -> int:        # the same, where a step costs the same to within five per cent
     "How long to train a variant so that it takes as long as the base"
     return steps if abs(pace-1)<=0.05 else round(steps/pace)
-
-# %% ../../nbs/5_evidence/42_ablate.ipynb #21d0000b
-def commit() -> str:
-    "Of the checkout that the package lies in; its version where there is none"
-    root = Path(__path__[0]).parent
-    if not (root/'.git').exists(): return __version__
-    command = ['git', 'rev-parse', '--short', 'HEAD']
-    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #fb991f8b
 def entries(

@@ -80,10 +80,12 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = Linear(cfg.hidden_size, width)
         self.o_proj = Linear(width, cfg.hidden_size)
 
+    def rotate(self, x): return rope(x, self.theta)   # [B,T,H,K] -> [B,T,H,K]
+
     def forward(self, x):   # [B,T,D] -> [B,T,D]
         def heads(y): return y.unflatten(-1, (self.heads,-1))
-        q = rope(heads(self.q_proj(x)), self.theta)
-        k = rope(heads(self.k_proj(x)), self.theta)
+        q = self.rotate(heads(self.q_proj(x)))
+        k = self.rotate(heads(self.k_proj(x)))
         v = heads(self.v_proj(x))
         scores = torch.einsum('bthk,bshk->bhts', q, k)/math.sqrt(q.shape[-1])
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
