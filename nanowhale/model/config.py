@@ -18,8 +18,7 @@ LAYERS = dict(layer_types=(SWA,CSA,HCA), mlp_layer_types=('moe','hash_moe'))   #
 # %% ../../nbs/1_architecture/02_config.ipynb #e5c394b2
 def later(name):   # module and function
     "A method that a later chapter brings along, and that is looked up when it is called"
-    def method(*args, **kwargs): return resolve_name(f'nanowhale.{name}')(*args, **kwargs)
-    return method
+    return lambda *args, **kwargs: resolve_name(f'nanowhale.{name}')(*args, **kwargs)
 
 @dataclass(frozen=True)
 class WhaleConfig:
