@@ -42,7 +42,7 @@ def number_fields(
     cls,         # a `WhaleConfig`, or its class
     kind:type,   # int or float
 ) -> tuple:      # of names
-    "Fields that hold sizes (int) or positive numbers (float), but for those with rules of their own"
+    "Fields that hold sizes (int) or positive numbers (float), without those in `OWN`"
     return tuple(f.name for f in fields(cls) if f.type is kind and f.name not in OWN)
 
 def check_sizes(c):   # a `WhaleConfig` whose values have the right kinds

@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 import torch
-from transformers import AutoConfig, DeepseekV4Config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV4Config
 from nanowhale.generate.hf_config import BUILT, rope_factor
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.validate import number_fields
@@ -12,7 +13,7 @@ from nanowhale.validate import number_fields
 SIZES = number_fields(WhaleConfig, int)
 POSITIVE = number_fields(WhaleConfig, float)
 from nanowhale.presets import (PRESETS, cache_bytes, count_flops, count_params, get_preset,
-    layer_params, mean_keys, nanowhale_100m, tiny)
+    layer_params, mean_entries, mean_keys, nanowhale_100m, tiny)
 from nanowhale.generate.legacy import NO_CLAMP, legacy_config
 
 INTS = [f.name for f in fields(WhaleConfig) if f.type in (int, int|None)]
@@ -211,6 +212,22 @@ def real_counts(cfg):
 
 @pytest.mark.parametrize('cfg', [*(make() for make in PRESETS.values()), *map(some_config, range(12))])
 def test_counts_are_those_of_the_real_module(cfg): assert count_params(cfg)==real_counts(cfg)
+
+@pytest.mark.parametrize('name', ['tiny', 'tiny_v4'])
+def test_flops_are_those_that_transformers_computes(name):
+    "Its attention looks at all keys and entries, seen or not; streams are read and written by sums, which are no products"
+    c = get_preset(name, vocab_size=500, num_nextn_predict_layers=0)
+    theirs = AutoModelForCausalLM.from_config(c.to_hf(), experts_implementation='eager')
+    T,L,HK = 64,c.num_hidden_layers,c.num_attention_heads*c.head_dim
+    with FlopCounterMode(display=False) as counter: theirs(torch.randint(500, (1,T)))
+    n = count_flops(c, T)
+    seen = L*T
+    for attention,_ in c.kinds:
+        if attention in c.rates: seen += T//c.rates[attention]
+        if attention==CSA: n['compress'] += 2*c.index_n_heads*c.index_head_dim*(T//4-mean_entries(T, 4))
+    n['scores'] = 4*HK*seen
+    n['hyper'] -= (4*L+1)*2*c.hc_mult*c.hidden_size
+    assert T*sum(n.values())==counter.get_total_flops()
 
 # The table "Architecture" of the model card of HuggingFaceTB/nanowhale-100m-base; its "Head dim" is "96 (32 RoPE + 64 NoPE)"
 CARD = dict(

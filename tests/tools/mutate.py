@@ -17,7 +17,8 @@ from pathlib import Path
 from runs import ROOT, provenance
 
 TESTS = {   # module -> its tests, the quickest first
-    'model.plain': 'plain ladder', 'model.config': 'config compress properties', 'validate': 'config whale', 'presets': 'config compress properties', 'model.rope': 'rope properties compress',
+    'model.plain': 'plain ladder', 'model.config': 'config compress properties', 'validate': 'config whale',
+    'presets': 'config compress properties', 'model.rope': 'rope properties compress',
     'model.visibility': 'attention compress block properties', 'model.attention': 'attention block properties',
     'model.compress': 'compress properties', 'model.moe': 'moe properties', 'model.hyper': 'hyper properties bugs', 'model.block': 'block',
     'model.mtp': 'mtp bugs', 'model.whale': 'whale bugs compress weights', 'train.data': 'data stream marks', 'train.stream': 'stream',
