@@ -79,8 +79,7 @@ class Attention(nn.Module):
         mask:Tensor,     # [B or 1,T,S] who sees whom, as `attend` takes it
         cache=None,      # keeps the keys = values of earlier tokens; extended by those of `x`
     ) -> Tensor:         # [B,T,D]
-        q = self.query(x, *rope)
         kv = self.latent(x, *rope)
         if cache is not None: kv = cache.extend(kv)
-        o,_ = self.attend(q, kv, self.sinks, mask)
+        o,_ = self.attend(self.query(x, *rope), kv, self.sinks, mask)
         return self.output(o, *rope)
