@@ -15,14 +15,13 @@ from ..presets import count_flops, count_params, tiny
 from ..model.rope import rope_angles, rope_cos_sin, rotate
 from ..model.visibility import Rows, make_blocks, window_mask
 from ..model.plain import RMSNorm
-from ..model.attention import GroupedLinear, attend
+from ..model.attention import attend
 from ..model.compress import choose, index_loss
 from ..model.moe import balance_loss, gate_weights, route, run_experts
 from ..model.hyper import HyperConnection, collapse, mix, sinkhorn
 from ..model.block import Block
 from ..model.mtp import MTPBlock, head_loss, next_embeddings, shift_labels
 from ..model.whale import Whale, init_weights
-from ..generate.cache import KVCache
 from .checker import exercise, mistake
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #8486b76f
@@ -127,6 +126,32 @@ def _nothing_turned(q, k, m, n, R): return q@k
 @mistake('score', 'in a product angles subtract: the distance is m-n, not m+n')
 def _angles_added(q, k, m, n, R): return _turned(q, m+n, R)@k
 
+# %% ../../nbs/appendix/94_exercise_model.ipynb #5a0c1e77
+def _through(masks):
+    out = masks[0]
+    for mask in masks[1:]: out = mask.float()@out.float()>0
+    return out
+
+@exercise('reach', _through)
+def _random_masks():
+    def masks(n, T): return [*(torch.rand(n, T, T)<0.4).tril()]
+    return [(masks(2, 7),), (masks(3, 9),)]
+
+@mistake('reach', 'the order is reversed: the last layer looks first, its mask stands on the left')
+def _first_layer_on_the_left(masks): return _through(masks[::-1])
+
+@mistake('reach', 'you asked who is seen in every layer: the way may lead through other tokens')
+def _seen_in_every_layer(masks): return torch.stack(masks).all(0)
+
+@mistake('reach', 'you asked who is seen in some layer: every layer has to pass it on')
+def _seen_in_some_layer(masks): return torch.stack(masks).any(0)
+
+@mistake('reach', 'rows are queries and columns are keys: yours is transposed')
+def _keys_in_rows(masks): return _through(masks).mT
+
+@mistake('reach', 'you used the mask of one layer for all of them')
+def _one_mask_for_all(masks): return _through(masks[-1:]*len(masks))
+
 # %% ../../nbs/appendix/94_exercise_model.ipynb #25766cab
 def _averages(q, kv, sinks, mask): return attend(q, kv, sinks, mask)[0]
 
@@ -149,45 +174,6 @@ def _one_sink_for_all(q, kv, sinks, mask): return _averages(q, kv, sinks[:1].exp
 
 @mistake('attend_sdpa', 'the mask is upside down: True means that the query sees the key')
 def _mask_upside_down(q, kv, sinks, mask): return _averages(q, kv, sinks, ~mask)
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #e7dff197
-def _ring(n, size):
-    cache = KVCache(size)
-    cache.length = n-1
-    return cache.positions(1)
-
-@exercise('ring', _ring)
-def _rings(): return [(3, 5), (5, 5), (13, 5), (9, 4)]
-
-@mistake('ring', 'in a ring nothing moves: '
-    'position p stays in slot p modulo the size, you sorted by position')
-def _sorted_ring(n, size): return torch.arange(max(0, n-size), n)
-
-@mistake('ring', 'slots that were never written hold nothing: with n < size there are n entries')
-def _always_full(n, size): return n-1-(n-1-torch.arange(size))%size
-
-@mistake('ring', 'positions begin at 0, so the last one read is n-1')
-def _counted_from_1(n, size): return n-(n-torch.arange(min(n, size)))%size
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #9a2576c5
-def _dense(w, G):
-    layer = GroupedLinear(G, w.shape[1], len(w)//G)
-    inputs = torch.eye(G*w.shape[1])
-    return torch.func.functional_call(layer, dict(weight=w), inputs).mT
-
-@exercise('block_diagonal', _dense)
-def _two_groupings(): return [(randn(6, 3), 3), (randn(6, 3), 2)]
-
-@mistake('block_diagonal',
-    'every group of outputs reads its own inputs only: outside the blocks there must be zeros')
-def _no_zeros(w, G): return w.repeat(1, G)
-
-@mistake('block_diagonal',
-    'rows are outputs and columns inputs, as in nn.Linear: yours is transposed')
-def _transposed_matrix(w, G): return _dense(w, G).mT
-
-@mistake('block_diagonal', 'the inputs of a group lie side by side: yours take every G-th')
-def _every_gth(w, G): return _dense(w, G)[:,torch.arange(G*w.shape[1]).view(G, -1).mT.flatten()]
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #8a06c032
 def _visible(T, m):
