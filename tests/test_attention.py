@@ -10,10 +10,11 @@ import pytest, torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
-from nanowhale.model.config import WhaleConfig
-from nanowhale.presets import nanowhale_100m
+from torch.utils.flop_counter import FlopCounterMode
+from nanowhale.model.config import HCA, WhaleConfig
+from nanowhale.presets import count_flops, nanowhale_100m
 from nanowhale.model.rope import rope_cos_sin
-from nanowhale.model.visibility import window_mask
+from nanowhale.model.visibility import NEVER, Rows, block_ends, document_starts, make_blocks, whole_rows, window_mask
 from nanowhale.model import attention as mla
 from nanowhale.model.plain import RMSNorm, rms_norm
 from nanowhale.model.attention import Attention, GroupedLinear, attend as attend_dense
@@ -288,6 +289,78 @@ def test_scores_are_bounded_whatever_the_query_weights():
         rope = rope_cos_sin(torch.arange(11), 4)
         z = torch.einsum('bthk,bsk->bths', attn.query(x, *rope), attn.latent(x, *rope))/8**0.5
         assert z.abs().max() <= 8**0.5*attn.kv_norm.weight.abs().max()*1.001
+
+@pytest.mark.parametrize('far', [False, True])
+def test_a_sink_is_a_gate_and_lse_the_logarithm_of_the_denominator(far):
+    "By hand, key by key; compressed entries stand under the same softmax"
+    torch.manual_seed(0)
+    q,kv,entries,sinks = (torch.randn(*n, dtype=torch.float64) for n in ((2,5,3,4), (2,5,4), (2,2,4), (3,)))
+    mask,far_mask = window_mask(torch.arange(5), torch.arange(5), 3),torch.rand(1,5,2)>0.5
+    more = (entries, far_mask) if far else ()
+    o,lse = attend_dense(q, kv, sinks, mask, *more)
+    bare,open_lse = attend_dense(q, kv, torch.full((3,), float('-inf')), mask, *more)
+    assert_close(bare*torch.sigmoid(open_lse-sinks)[...,None], o)
+    for b,t,h in np.ndindex(2, 5, 3):
+        keys = [kv[b,s] for s in range(5) if mask[0,t,s]]+[entries[b,c] for c in range(2) if far and far_mask[0,t,c]]
+        e = [(q[b,t,h]@k/2).exp() for k in keys]
+        assert_close(lse[b,t,h], (sum(e)+sinks[h].exp()).log())
+        assert_close(o[b,t,h], sum(w*k for w,k in zip(e, keys))/(sum(e)+sinks[h].exp()))
+    assert attend_dense(q, kv, torch.full((3,), float('-inf')), mask & False)[0].isnan().all()   # the sink is what keeps this finite
+
+def test_a_sink_that_nobody_reads_has_no_gradient(monkeypatch):
+    cfg,attn,x,docs = bug_case()
+    run(attn, cfg, x, docs).sum().backward()
+    assert attn.sinks.grad.abs().min()>0
+    attn.zero_grad(set_to_none=True)
+    monkeypatch.setattr(*BUGS['sink declared, never used'])
+    run(attn, cfg, x, docs).sum().backward()
+    assert attn.sinks.grad is None or not attn.sinks.grad.any()
+
+@pytest.mark.parametrize('window', [256, 128])
+def test_a_real_pass_takes_the_operations_that_presets_count(window):
+    "Matrices as counted; of scores the whole square, hidden ones included, four per channel, head and key"
+    cfg = nanowhale_100m()
+    attn,pos = Attention(cfg),torch.arange(256)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        attn(torch.randn(1, 256, cfg.hidden_size), rope_cos_sin(pos, cfg.qk_rope_head_dim), window_mask(pos, pos, window))
+    counted = {k: f//cfg.num_hidden_layers for k,f in count_flops(cfg, 256).items()}
+    assert counter.get_total_flops()==256*(counted['attention']+4*8*96*256)
+    assert counted['scores']<4*8*96*256
+
+# ---------------------------------------------------------------- who sees whom
+
+@pytest.mark.parametrize('seed', range(20))
+def test_a_text_in_pieces_has_the_blocks_of_the_whole(seed):
+    "Starts of documents, ends and owners of entries, and who sees them, of rows that are cut at any place"
+    r = random.Random(seed)
+    T,rate,cut = r.randint(2, 15),r.randint(1, 5),0
+    cfg = WhaleConfig(num_hidden_layers=1, layer_types=[HCA], head_dim=8, qk_rope_head_dim=4, sliding_window=4, compress_rate_hca=rate)
+    docs = torch.tensor([sorted(r.choices([-1, 0, 1, 2], k=T)) for _ in range(2)])
+    pos,starts = torch.arange(T),document_starts(docs)
+    whole = make_blocks(cfg, HCA, whole_rows(cfg, docs, docs), None)
+    for b,t in np.ndindex(2, T): assert starts[b,t]==docs[b].tolist().index(docs[b,t])
+    made,before,finished = (torch.zeros(1, 0).long().expand(2, 0),)*2,None,[set(), set()]
+    while cut<T:
+        n = r.randint(1, T-cut)
+        new = slice(cut, cut+n)
+        part = document_starts(docs[:,new], first=cut, before=before)
+        assert part.equal(starts[:,new])
+        blocks = make_blocks(cfg, HCA, Rows(pos[new], pos[new], docs[:,new], docs[:,new], part, {HCA: made}), None)
+        for b in range(2):
+            ends = blocks.entries[0][b]
+            finished[b] |= {e for e in ends.tolist() if e<NEVER}
+            for t in range(n):
+                seen = {e for e,s in zip(ends.tolist(), blocks.seen[b,t]) if s}
+                at_once = {e for e,s in zip(whole.entries[0][b].tolist(), whole.seen[b,cut+t]) if s}
+                assert seen==at_once
+        made,before,cut = blocks.entries,(docs[:,cut+n-1], part[:,-1]),cut+n
+    for b in range(2): assert finished[b]=={e for e in whole.entries[0][b].tolist() if e<NEVER}
+
+def test_blocks_of_a_piece_and_of_a_given_number():
+    starts = document_starts(torch.tensor([[0,0,0,1,1,1,1,1], [4,4,4,4,4,4,4,-1]]))
+    assert block_ends(torch.arange(6, 10), 4).tolist()==[[7]]
+    assert block_ends(torch.arange(10), 4, count=2).tolist()==[[3, 7]]
+    assert block_ends(torch.arange(8), 4, starts, count=2).tolist()==[[6, NEVER], [3, NEVER]]
 
 # ---------------------------------------------------------------- the cache
 

@@ -49,7 +49,7 @@ def softmax_weights(scores, bias, k, scale):
 
 OTHERS = dict(   # what people write, by other means than the list of mistakes: name -> function, a part of what it must be told
     full_turns=(lambda W, R, theta: sum(W*theta**(-2*i/R)>=1 for i in range(R//2)), '2 pi'),
-    ring=(lambda n, size: torch.tensor(list(range(n))[-size:]), 'nothing moves'),
+    reach=(lambda masks: sum(m.int() for m in masks)==len(masks), 'may lead through other tokens'),
     attend_sdpa=(sdpa, 'sink is missing'),
     visible=(lambda T, m: torch.arange(0, T//m*m, m)<=torch.arange(T)[:,None], 'has begun, but not ended'),
     route=(softmax_weights, 'the bias only chooses'),
@@ -138,7 +138,7 @@ def test_attention_is_asked_for_its_averages_alone():
 def test_a_wrong_name_and_no_function():
     with pytest.raises(ValueError, match='do you mean mix'): check('mixx', abs)
     with pytest.raises(AssertionError, match='pass the function itself, not a tensor'): check('mix', torch.zeros(2))
-    assert answer('ring', 13, 5).tolist()==[10, 11, 12, 8, 9]
+    assert answer('visible', 3, 2).tolist()==[[False], [True], [True]]
 
 # ---------------------------------------------------------------- the chapters and the solutions
 

@@ -27,8 +27,7 @@ def attend(
         mask = torch.cat([mask.expand(B, -1, -1), far_mask.expand(B, -1, -1)], -1)
     scores = upcast(torch.einsum('bthk,bsk->bths', q, kv))*q.shape[-1]**-0.5
     scores = scores.masked_fill(~mask[:,:,None], float('-inf'))
-    sink = sinks.to(scores.dtype)[:,None].expand(*q.shape[:3], 1)
-    z = torch.cat([scores, sink], -1)
+    z = torch.cat([scores, sinks.to(scores.dtype)[:,None].expand(*q.shape[:3], 1)], -1)
     o = torch.einsum('bths,bsk->bthk', z.softmax(-1)[...,:-1].to(kv.dtype), kv)
     return o, z.detach().logsumexp(-1)
 
@@ -79,8 +78,7 @@ class Attention(nn.Module):
         mask:Tensor,     # [B or 1,T,S] who sees whom, as `attend` takes it
         cache=None,      # keeps the keys = values of earlier tokens; extended by those of `x`
     ) -> Tensor:         # [B,T,D]
-        q = self.query(x, *rope)
         kv = self.latent(x, *rope)
         if cache is not None: kv = cache.extend(kv)
-        o,_ = self.attend(q, kv, self.sinks, mask)
+        o,_ = self.attend(self.query(x, *rope), kv, self.sinks, mask)
         return self.output(o, *rope)

@@ -25,8 +25,7 @@ def window_mask(
     ago = q_pos[...,:,None]-k_pos[...,None,:]
     mask = ((ago>=0) & (ago<window))[None]
     if q_docs is None: return mask
-    if k_docs is None: k_docs = q_docs
-    return mask & (q_docs[...,:,None]==k_docs[...,None,:])
+    return mask & (q_docs[...,:,None]==(q_docs if k_docs is None else k_docs)[...,None,:])
 
 # %% ../../nbs/1_architecture/05_visibility.ipynb #e2578924
 def document_starts(
@@ -63,7 +62,7 @@ def block_ends(
     pos:Tensor,           # [T] positions of new tokens
     rate:int,             # m, tokens in one block
     starts:Tensor=0,      # [B,T] from `document_starts`; 0: one document per row
-    count:int|None=None,  # how many, which saves waiting for the number; None: all there are
+    count:int|None=None,  # how many, if it is known beforehand; None: all there are
 ) -> Tensor:              # [B or 1,C] rising; NEVER where a row has fewer
     "Positions at which the new tokens finish a block"
     done = (pos-starts+1)%rate==0
