@@ -190,55 +190,41 @@ def _transposed_matrix(w, G): return _dense(w, G).mT
 def _every_gth(w, G): return _dense(w, G)[:,torch.arange(G*w.shape[1]).view(G, -1).mT.flatten()]
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #8a06c032
-def _visible(T, m):
-    pos = torch.arange(T)
+def _reads(t, window, m, k):
+    pos = torch.arange(t+1)
     rows = Rows(pos, pos, entries={CSA: None})
-    return make_blocks(small(compress_rate_csa=m), CSA, rows, None).seen[0]
+    seen = make_blocks(small(compress_rate_csa=m), CSA, rows, None).seen
+    picked = choose(torch.zeros(seen.shape), seen, k)[0,t].sum()
+    return int(window_mask(pos, pos, window)[0,t].sum()+picked)
 
-def _visible_early(T, m, early):
-    last = (torch.arange(T//m)+1)*m-1
-    return last-early<=torch.arange(T)[:,None]
+def _reads_with(t, window, m, k, entries): return min(t+1, window)+min(k, entries)
 
-@exercise('visible', _visible)
-def _blocks_in_a_row(): return [(11, 3), (8, 4)]
+@exercise('reads', _reads)
+def _positions():
+    return [(2, 8, 4, 3), (3, 8, 4, 3), (4, 8, 4, 3), (8, 5, 3, 9), (23, 8, 4, 9), (40, 8, 4, 3)]
 
-@mistake('visible',
-    'a leak: the query sees a block that has begun, but not ended, and so tokens after itself')
-def _from_its_first_token(T, m): return _visible_early(T, m, m-1)
+@mistake('reads',
+    'a leak: you counted a block that has begun, but not ended, and so tokens after the query')
+def _begun(t, window, m, k): return _reads_with(t, window, m, k, t//m+1)
 
-@mistake('visible', 'a leak of one token: block c ends with token (c+1)*m-1')
-def _a_token_early(T, m): return _visible_early(T, m, 1)
+@mistake('reads', 'a leak of one token: block i ends with token (i+1)*m-1')
+def _a_token_early(t, window, m, k): return _reads_with(t, window, m, k, (t+2)//m)
 
-@mistake('visible', 'the token that completes a block may see its entry')
-def _a_token_late(T, m): return _visible_early(T, m, -1)
+@mistake('reads', 'the token that completes a block may read its entry: with it, t+1 tokens are there')
+def _a_token_late(t, window, m, k): return _reads_with(t, window, m, k, t//m)
 
-# %% ../../nbs/appendix/94_exercise_model.ipynb #f7ecb140
-def _masked(scores, seen): return scores.masked_fill(~seen, float('-inf'))
+@mistake('reads', 'entries inside the window are read too: those tokens count twice')
+def _beyond_the_window(t, window, m, k):
+    return _reads_with(t, window, m, k, max(0, t+1-window)//m)
 
-@exercise('choose', choose)
-def _few_seen_and_ties():
-    scores = [randn(2, 5, 6), randn(2, 5, 6), randn(2, 5, 6).round()]
-    cases = zip(scores, (0.7, 0.3, 0.9), (2, 3, 2))
-    return [(z, torch.rand(2, 5, 6)<share, k) for z,share,k in cases]
+@mistake('reads', 'the indexer picks at most k entries')
+def _all_entries(t, window, m, k): return _reads_with(t, window, m, t+1, (t+1)//m)
 
-@mistake('choose',
-    'you took the best k of all entries and hid some afterwards: choose among those that are seen')
-def _best_of_all(scores, seen, k):
-    best = scores.topk(k, -1).indices
-    return seen & torch.zeros_like(seen).scatter(-1, best, True)
-
-@mistake('choose', 'where a query sees fewer than k entries, you filled up with hidden ones')
-def _filled_up(scores, seen, k): return choose(_masked(scores, seen), torch.ones_like(seen), k)
-
-@mistake('choose', 'of equal scores you kept all: never more than k')
-def _all_equals(scores, seen, k):
-    scores = _masked(scores, seen)
-    return seen & (scores>=scores.topk(k, -1).values[...,-1:])
-
-@mistake('choose', 'of equal scores the later entry goes first: yours keeps the earlier')
-def _earlier_of_equals(scores, seen, k): return choose(scores.flip(-1), seen.flip(-1), k).flip(-1)
+@mistake('reads', 'at the start of a text the window is not full yet')
+def _full_window(t, window, m, k): return window+min(k, (t+1)//m)
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #7a5e2bcf
+def _masked(scores, seen): return scores.masked_fill(~seen, float('-inf'))
 def _query_mean(x, seen): return x.masked_fill(~seen, 0).sum()/seen.any(-1).sum()
 def _log(target): return target.clamp(min=1e-30).log()
 
