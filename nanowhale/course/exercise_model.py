@@ -210,7 +210,8 @@ def _begun(t, window, m, k): return _reads_with(t, window, m, k, t//m+1)
 @mistake('reads', 'a leak of one token: block i ends with token (i+1)*m-1')
 def _a_token_early(t, window, m, k): return _reads_with(t, window, m, k, (t+2)//m)
 
-@mistake('reads', 'the token that completes a block may read its entry: with it, t+1 tokens are there')
+@mistake('reads',
+    'the token that completes a block may read its entry: with it, t+1 tokens are there')
 def _a_token_late(t, window, m, k): return _reads_with(t, window, m, k, t//m)
 
 @mistake('reads', 'entries inside the window are read too: those tokens count twice')
