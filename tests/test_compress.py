@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
-from nanowhale.presets import cache_bytes, nanowhale_v4, tiny_v4
+from nanowhale.presets import cache_bytes, layer_params, nanowhale_v4, tiny_v4
 from nanowhale.model.rope import rope_cos_sin, rotate
 from nanowhale.model import compress, moe, visibility, whale as builder
 from nanowhale.model.attention import attend
@@ -470,6 +470,140 @@ def test_what_the_recall_task_asks_can_be_known_and_its_distance_is_the_shortest
             assert label[t-1]==-100 and (label[t]>=0)==bool(behind)     # nothing else is asked, and nothing that can be known is left out
             if behind: assert label[t]==row[t]==row[behind[-1]] and d[t]==t-behind[-1]; seen += 1
     assert seen>200
+
+# ---------------------------------------------------------------- the layer by the book, and what reaches a query
+
+def naive_entries(comp, cfg, x, overlap):
+    "Entries of one document [T,D], block by block, channel by channel"
+    m,W,out = comp.rate,comp.width,[]
+    c,z,bias = comp.kv_proj(x),comp.gate_proj(x),comp.position_bias
+    for i in range(len(x)//m):
+        pooled = torch.zeros(W).double()
+        for ch in range(W):
+            own = ch+overlap*W
+            slots = [(z[i*m+j,own]+bias[j,own], c[i*m+j,own]) for j in range(m)]
+            if overlap and i: slots += [(z[i*m-m+j,ch]+bias[j,ch], c[i*m-m+j,ch]) for j in range(m)]
+            weights = torch.stack([a for a,_ in slots]).softmax(0)
+            pooled[ch] = sum(w*v for w,(_,v) in zip(weights, slots))
+        out.append(rotate(comp.kv_norm(pooled)[None,None,None], *far_rope(cfg, torch.tensor([i*m]).double()))[0,0,0])
+    return torch.stack(out) if out else x.new_zeros(0, W)
+
+def naive_layer(attn, cfg, x, kind):
+    "One document [T,D], query by query: window, entries and sink under one softmax"
+    rope = far_rope(cfg, torch.arange(len(x)).double())
+    low = attn.low_rank(x[None])
+    q,kv = attn.heads(low, *rope)[0],attn.latent(x[None], *rope)[0]
+    far,judge = naive_entries(attn.compressor, cfg, x, kind==CSA),attn.compressor.indexer
+    if judge: I = judge.scores(x[None], low, naive_entries(judge, cfg, x, True)[None], rope)[0]
+    out = []
+    for t in range(len(x)):
+        behind = [i for i in range(len(far)) if (i+1)*cfg.rates[kind]<=t+1]
+        if judge: behind = sorted(behind, key=lambda i: (-I[t,i].item(), -i))[:cfg.index_topk]
+        read = torch.cat([kv[max(0, t-cfg.sliding_window+1):t+1], far[behind]])
+        p = torch.cat([q[t]@read.T/math.sqrt(cfg.head_dim), attn.sinks[:,None]], 1).softmax(1)[:,:-1]
+        out.append(p@read)
+    return attn.output(torch.stack(out)[None], *rope)[0]
+
+def layer_of(cfg, kind, seed=0):
+    torch.manual_seed(seed)
+    attn = CompressedAttention(cfg, kind).double()
+    for p in (attn.sinks, attn.compressor.position_bias): torch.nn.init.normal_(p)
+    return attn
+
+@pytest.mark.parametrize('kind', [CSA, HCA])
+@torch.no_grad()
+def test_documents_in_one_row_are_the_literal_layer_one_by_one(kind):
+    "Entries, picks and outputs of two rows of documents, each beside loops over it alone"
+    cfg,pos = mix(compress_rate_hca=3, yarn_factor=4., yarn_context=64),torch.arange(14)
+    attn,x = layer_of(cfg, kind),torch.randn(2, 14, 12).double()
+    docs,lengths = torch.tensor([[0]*5+[1]*9, [0]*14]),[(5,9), (14,)]
+    losses = []
+    blocks = visibility.make_blocks(cfg, kind, whole_rows(cfg, docs, docs), visibility.window_mask(pos, pos, 5, docs), losses)
+    with exact_angles():
+        blocks = blocks._replace(rope=far_rope(cfg, torch.where(blocks.ends==visibility.NEVER, 0, blocks.ends-2)))
+        got = attn(x, far_rope(cfg, torch.where(docs.bool(), pos-5, pos)), blocks._replace(rope=far_rope(cfg, torch.where(
+            blocks.ends==visibility.NEVER, 0, blocks.ends-2-5*(blocks.entries[1]==1)))))
+        for b in range(2):
+            assert_close(got[b], torch.cat([naive_layer(attn, cfg, part, kind) for part in x[b].split(lengths[b])]), atol=1e-9, rtol=1e-9)
+    assert len(losses)==int(kind==CSA)
+
+def test_equal_logits_make_an_entry_the_mean_of_its_values():
+    cfg = mix()
+    comp = compress.Compressor(cfg, 5, 8, overlap=False).double()
+    torch.nn.init.zeros_(comp.gate_proj.weight)
+    x = torch.randn(2, 9, 12).double()
+    blocks = blocks_of(cfg, HCA, 9)
+    assert_close(comp.weigh(x, blocks)[1], torch.full((2,1,5,8), 1/5).double())
+    assert_close(comp(x, blocks)[:,0], comp.kv_norm(comp.kv_proj(x[:,:5]).mean(1)), atol=1e-6, rtol=1e-6)
+
+def test_places_outside_a_row_are_moved_to_its_edge():
+    rows,places = torch.arange(8.).view(1,4,2),torch.tensor([[[-1,0], [2,3]], ])
+    assert compress.take(rows, places).tolist()==[[[[0,1],[0,1]], [[4,5],[6,7]]]]
+    assert compress.take(rows, places+2).tolist()==[[[[2,3],[4,5]], [[6,7],[6,7]]]]
+
+def reach(cfg, kind, n, **changes):
+    "[n,n] which tokens the output at each query depends on, by gradient"
+    attn,x = layer_of(cfg, kind),torch.randn(1, n, 12).double().requires_grad_()
+    blocks = blocks_of(cfg, kind, n, visibility.window_mask(torch.arange(n), torch.arange(n), cfg.sliding_window))
+    y = attn(x, far_rope(cfg, torch.arange(n)), blocks._replace(**{k: f(blocks) for k,f in changes.items()}))
+    grads = [torch.autograd.grad(y[0,t].sum(), x, retain_graph=True)[0][0] for t in range(n)]
+    return torch.stack(grads).abs().sum(-1)>0
+
+def expected_reach(kind, cfg, n):
+    "The window, and all tokens that the finished blocks are pooled from"
+    t,s = torch.arange(n)[:,None],torch.arange(n)
+    finished = (t+1)//cfg.rates[kind]*cfg.rates[kind]
+    return (s<=t) & ((s>t-cfg.sliding_window) | (s<finished))
+
+@pytest.mark.parametrize('kind', [CSA, HCA])
+@pytest.mark.parametrize('m', [3, 4, 8])
+def test_tokens_that_reach_a_query_are_its_window_and_its_finished_blocks(kind, m):
+    "All entries chosen; and a block seen one token early, or late, shows at every block's edge and nowhere else"
+    cfg,n = mix(compress_rate_csa=m, compress_rate_hca=m, sliding_window=2, index_topk=99),26
+    want,pos = expected_reach(kind, cfg, n),torch.arange(26)[:,None]
+    assert torch.equal(reach(cfg, kind, n), want)
+    early = reach(cfg, kind, n, seen=lambda b: b.ends[:,None]<=pos+1)
+    late = reach(cfg, kind, n, seen=lambda b: b.ends[:,None]<pos)
+    edge = (torch.arange(n)+1)%m==0
+    assert (early!=want).any(1).tolist()==edge.roll(-1).tolist()[:-1]+[False] and early.triu(1).any()
+    assert (late!=want).any(1).tolist()==edge.tolist()
+
+def test_a_chosen_entry_brings_its_block_and_the_one_before():
+    cfg = mix(compress_rate_csa=4, sliding_window=8, index_topk=2, index_n_heads=8)
+    seen = reach(cfg, CSA, 48)
+    assert not seen.triu(1).any() and all(8<s.sum()<=8+2*8 for s in seen[23:])
+    for row in seen[23:]: assert (row[:16].view(-1, 4).all(1) | ~row[:16].view(-1, 4).any(1)).all()   # whole blocks beyond the window
+
+@pytest.mark.parametrize('kind', [CSA, HCA])
+@torch.no_grad()
+def test_a_prompt_may_end_anywhere(kind):
+    "Just at a block's edge too: the last output of a prompt is what the whole text has at that place"
+    cfg = mix(compress_rate_hca=4, compress_rate_csa=4, index_n_heads=8)
+    attn,x,window = layer_of(cfg, kind),torch.randn(2, 18, 12).double(),lambda n: visibility.window_mask(torch.arange(n), torch.arange(n), 5)
+    whole = attn(x, far_rope(cfg, torch.arange(18)), blocks_of(cfg, kind, 18, window(18)))
+    for n in range(1, 19):
+        blocks = blocks_of(cfg, kind, n, window(n))
+        assert blocks.ends.shape[1]==n//4
+        assert_close(attn(x[:,:n], far_rope(cfg, torch.arange(n)), blocks)[:,-1], whole[:,n-1], atol=1e-9, rtol=1e-9)
+
+def test_each_loss_trains_its_own_part():
+    "The output teaches everything but the indexer, the indexer's loss the indexer alone, dense or sparse; so in transformers for the output"
+    cfg = mix()
+    attn,x = layer_of(cfg, CSA),torch.randn(2, T, 12).double()
+    names,judges = [n for n,_ in attn.named_parameters()],{n for n,_ in attn.named_parameters() if 'indexer' in n}
+    for sparse in (False, True):
+        losses = []
+        blocks = visibility.make_blocks(cfg, CSA, whole_rows(cfg, x[...,0]), torch.ones(1, T, T).tril().bool(), losses, sparse)
+        y = attn(x, far_rope(cfg, torch.arange(T)), blocks)
+        for end,want in ((y.square().sum(), set(names)-judges), (losses[0], judges)):
+            grads = torch.autograd.grad(end, attn.parameters(), allow_unused=True, retain_graph=True)
+            assert {n for n,g in zip(names, grads) if g is not None}==want
+
+@pytest.mark.parametrize('kind,n', [(CSA, 290_720), (HCA, 73_824)])
+def test_a_compressor_has_the_parameters_that_are_counted(kind, n):
+    card = nanowhale_v4()
+    with torch.device('meta'): layer = CompressedAttention(card, kind)
+    assert sum(p.numel() for p in layer.compressor.parameters())==layer_params(card, attention=kind)['compress']==n
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

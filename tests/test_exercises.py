@@ -51,7 +51,7 @@ OTHERS = dict(   # what people write, by other means than the list of mistakes: 
     full_turns=(lambda W, R, theta: sum(W*theta**(-2*i/R)>=1 for i in range(R//2)), '2 pi'),
     reach=(lambda masks: sum(m.int() for m in masks)==len(masks), 'may lead through other tokens'),
     attend_sdpa=(sdpa, 'sink is missing'),
-    visible=(lambda T, m: torch.arange(0, T//m*m, m)<=torch.arange(T)[:,None], 'has begun, but not ended'),
+    reads=(lambda t, window, m, k: len(range(max(0, t-window+1), t+1))+min(k, len(range(0, t+1, m))), 'has begun, but not ended'),
     route=(softmax_weights, 'the bias only chooses'),
     mix=(lambda post, comb, X, y: post[...,None]*y[...,None,:]+comb@X, 'target index'),
     shift=(lambda labels, by, docs: F.pad(labels, (0,by), value=-100)[:,by:], 'another document'),
