@@ -17,7 +17,7 @@ from ..model.visibility import Rows, make_blocks, window_mask
 from ..model.plain import RMSNorm
 from ..model.attention import GroupedLinear, attend
 from ..model.compress import choose, index_loss
-from ..model.moe import balance_loss, gate_weights, route, run_experts
+from ..model.moe import balance_loss, gate_weights, route
 from ..model.hyper import HyperConnection, collapse, mix, sinkhorn
 from ..model.block import Block
 from ..model.mtp import MTPBlock, head_loss, next_embeddings, shift_labels
@@ -292,39 +292,6 @@ def _share_of_all(scores, bias, k, scale):
 
 @mistake('route', 'scale is missing: the weights of a token sum to it, not to 1')
 def _no_scale(scores, bias, k, scale): return route(scores, bias, k, 1)
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #f4540f74
-def _all_at_once(x, idx, w, gate_up, down, limit, lowest=None):
-    gate,up = torch.einsum('md,eid->mei', x, gate_up).chunk(2, -1)
-    h = F.silu(gate.clamp(lowest, limit))*up.clamp(-limit, limit)
-    weight = torch.zeros(len(x), len(down)).scatter(1, idx, w)
-    return torch.einsum('mei,edi,me->md', h, down, weight)
-
-@exercise('all_experts', run_experts)
-def _tokens_and_experts():
-    x = 2*randn(7, 4)
-    idx = torch.stack([torch.randperm(5)[:2] for _ in range(7)])
-    return [(x, idx, torch.rand(7, 2), randn(5, 6, 4), randn(5, 4, 3), 1.)]
-
-@mistake('all_experts', 'gate and up are swapped: the first I rows of gate_up go through silu')
-def _gate_and_up_swapped(x, idx, w, gate_up, down, limit):
-    return run_experts(x, idx, w, gate_up.roll(gate_up.shape[1]//2, 1), down, limit)
-
-@mistake('all_experts', 'the sum is not weighted')
-def _plain_sum(x, idx, w, gate_up, down, limit):
-    return run_experts(x, idx, torch.ones_like(w), gate_up, down, limit)
-
-@mistake('all_experts', 'the gate is clamped from above only')
-def _gate_clamped_twice(x, idx, w, gate_up, down, limit):
-    return _all_at_once(x, idx, w, gate_up, down, limit, lowest=-limit)
-
-@mistake('all_experts', 'the factors must be clamped to the limit')
-def _no_clamp(x, idx, w, gate_up, down, limit): return run_experts(x, idx, w, gate_up, down, 1e9)
-
-@mistake('all_experts',
-    'the k-th weight belongs to the k-th chosen expert: yours are in another order')
-def _weights_in_another_order(x, idx, w, gate_up, down, limit):
-    return run_experts(x, idx, w.flip(-1), gate_up, down, limit)
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #ad75763a
 def _loads(scores, idx):
