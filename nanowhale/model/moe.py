@@ -98,7 +98,7 @@ class HashRouter(Router):
         idx = self.tid2eid[ids]
         return idx, gate_weights(scores, idx, self.scale)
 
-# %% ../../nbs/1_architecture/08_moe.ipynb #f5e31e08
+# %% ../../nbs/1_architecture/08_moe.ipynb #0eb6c755
 def swiglu(
     gate:Tensor, # [...,I] passes through silu
     up:Tensor,   # [...,I] is multiplied with it
@@ -107,7 +107,6 @@ def swiglu(
     "SwiGLU whose factors are clamped (V4 section 4.2.3)"
     return F.silu(gate.clamp(max=limit))*up.clamp(-limit, limit)
 
-# %% ../../nbs/1_architecture/08_moe.ipynb #0eb6c755
 def run_experts(
     x:Tensor,       # [M,D] tokens
     idx:Tensor,     # [M,k] chosen experts
