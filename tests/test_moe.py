@@ -5,10 +5,11 @@ from torch.testing import assert_close
 from nanowhale.model import moe as M
 from nanowhale.model.config import WhaleConfig
 from nanowhale.presets import nanowhale_100m, count_params, count_flops
-from nanowhale.model.moe import (MoE, SCORES, Experts, balance_loss, bias_step, expert_load, route,
-    run_experts, sqrt_softplus, swiglu)
+from nanowhale.model.moe import (MoE, SCORES, Experts, HashRouter, balance_loss, bias_step, expert_load, gate_weights,
+    hash_table, route, run_experts, sqrt_softplus, swiglu)
 from nanowhale.fast.kernels import KERNELS, use
 from nanowhale.train.step import max_vio
+from nanowhale.validate import SCORING
 from test_parity import no_downcast
 
 BIAS = 'gate.e_score_correction_bias'
@@ -211,7 +212,66 @@ def test_only_the_chosen_experts_act():
         for e in set(range(7))-set(idx): m.experts.gate_up_proj[e] = m.experts.down_proj[e] = float('nan')
     assert_close(m(x)[0], y)
 
+def test_every_score_is_positive_and_rises_with_its_logit():
+    "So without a bias all three choose the same experts"
+    torch.manual_seed(0)
+    z = torch.randn(20, 9)
+    assert set(SCORES)==set(SCORING)
+    for score in SCORES.values(): assert (score(z)>0).all() and torch.equal(score(z).argsort(-1), z.argsort(-1))
+
+def test_beyond_the_clamp_nothing_pushes_further():
+    big = torch.linspace(-100, 100, 101, requires_grad=True)
+    assert swiglu(big, big, 10.).abs().max()<=100
+    slope, = torch.autograd.grad(swiglu(big, torch.ones(101), 10.).sum(), big)
+    assert (slope[big>10]==0).all() and slope[big==10]>.99 and (slope[big<-10]!=0).any()   # no lower clamp
+    slope, = torch.autograd.grad(swiglu(torch.ones(101), big, 10.).sum(), big)
+    assert (slope[big.abs()>10]==0).all() and (slope[big.abs()<10]>0).all()
+
+def test_a_moe_reports_what_its_router_chose():
+    torch.manual_seed(0)
+    m,x = fill(MoE(config())), torch.randn(2,5,8)
+    scores,idx,_ = m.gate(x)
+    assert torch.equal(m(x)[1].scores, scores) and torch.equal(m(x)[1].idx, idx)
+
+# ---------------------------------------------------------------- tables
+
+def distinct(idx): return bool((idx.sort(-1).values.diff()>0).all())
+
+@pytest.mark.parametrize('V,E,k', [(4096,4,2), (50,5,3), (1000,7,7), (7,3,1), (10007,256,6), (4096,7,2)])
+def test_tables_are_fair_and_name_nobody_twice(V, E, k):
+    table = hash_table(V, E, k)
+    load = expert_load(table, E)
+    assert table.shape==(V,k) and distinct(table)
+    assert load.max()-load.min()<=max(6, .6*load.float().mean())
+
+def test_hashes_that_know_nothing_of_each_other_are_seen():
+    ids = torch.arange(50)
+    assert not distinct(torch.stack([3*ids%7, (5*ids+1)%7, (ids+2)%7], -1))
+
+def test_a_table_chooses_and_the_scores_weigh():
+    torch.manual_seed(0)
+    m,x,ids = HashRouter(config(vocab_size=50)), torch.randn(10,8), torch.randint(50, (10,))
+    scores,idx,w = m(x, ids)
+    assert torch.equal(idx, hash_table(50, 7, 3)[ids]) and torch.equal(idx, m(2*x, ids)[1])
+    assert_close(w, gate_weights(scores, idx, 1.5))
+    assert list(m.state_dict())==['weight', 'tid2eid']
+
 # ---------------------------------------------------------------- corners
+
+def test_with_one_expert_per_token_the_output_tells_the_router_nothing():
+    "Its weight is s/s, a constant; with two it is none"
+    for k in (1, 2):
+        torch.manual_seed(0)
+        z = torch.randn(4,5).double().requires_grad_()
+        w = route(sqrt_softplus(z), torch.zeros(5), k, 1.5)[1]
+        g, = torch.autograd.grad((w*torch.randn(4,k)).sum(), z)
+        assert (g.abs().max()<1e-12)==(k==1)
+
+def test_weights_of_vanishing_scores_are_zero():
+    assert_close(gate_weights(torch.zeros(4), torch.tensor([3,1]), 1.5), torch.zeros(2))
+
+def test_more_experts_than_there_are():
+    with pytest.raises(RuntimeError, match='out of range'): route(torch.rand(3,7), torch.zeros(7), 8, 1.5)
 
 @WITH_BOTH
 @pytest.mark.parametrize('score', list(SCORES))
@@ -326,6 +386,24 @@ def test_bias_rule_on_one_layer_and_on_many():
     bias_step(b, load[0])
     assert (b==0).all()   # the old bias is left alone
 
+def test_a_bias_in_bf16_still_moves():
+    "Near one half bf16 numbers are 0.004 apart: a step of 0.001 needs float32"
+    half = torch.full((2,), .5, dtype=torch.bfloat16)
+    assert torch.equal(half+.001, half)
+    assert_close(bias_step(half, torch.tensor([1,3])), torch.tensor([.501, .499]))
+
+def test_a_bias_that_is_a_parameter_decays():
+    "Why it is a buffer: it gets no gradient, and a gradient of zeros lets weight decay take back what the rule built"
+    torch.manual_seed(0)
+    b = .3*torch.randn(7)
+    wrong = torch.nn.Parameter(b.clone())
+    w = route(torch.rand(10,7).requires_grad_(), wrong, 3, 1.5)[1]
+    assert torch.autograd.grad(w.square().sum(), wrong, allow_unused=True)[0] is None
+    wrong.grad = torch.zeros_like(wrong)
+    opt = torch.optim.AdamW([wrong], lr=.01, weight_decay=.1)
+    for _ in range(1000): opt.step()
+    assert_close(wrong.detach(), b*(1-.01*.1)**1000)
+
 def test_bias_is_saved_but_no_parameter():
     m = MoE(config())
     assert BIAS in m.state_dict() and BIAS in dict(m.named_buffers()) and BIAS not in dict(m.named_parameters())
@@ -341,6 +419,14 @@ def test_bias_selects_only():
     assert torch.autograd.grad(w.square().sum(), bias, allow_unused=True)[0] is None
     dense = [torch.zeros(50,7).scatter(-1, *route(scores, v, 7, 1.5)) for v in (torch.zeros(7), bias)]
     assert_close(*dense)   # with k = E there is nothing to choose
+
+def counts_only(scores, idx): return (expert_load(idx, 5).float()/idx.numel()*5).square().mean()
+def shares_detached(scores, idx): return M.balance_loss(scores.detach(), idx)
+
+@pytest.mark.parametrize('bug', [counts_only, shares_detached], ids=lambda f: f.__name__)
+def test_a_balance_loss_of_counts_is_seen(bug, monkeypatch):
+    monkeypatch.setitem(globals(), 'balance_loss', bug)
+    with pytest.raises((AssertionError, RuntimeError)): test_balance_loss_is_a_mean_over_sequences_and_teaches()
 
 def test_balance_loss_is_a_mean_over_sequences_and_teaches():
     torch.manual_seed(0)
