@@ -17,7 +17,7 @@ from ..model.visibility import Rows, make_blocks, window_mask
 from ..model.plain import RMSNorm
 from ..model.attention import GroupedLinear, attend
 from ..model.compress import choose, index_loss
-from ..model.moe import balance_loss, gate_weights, route, run_experts
+from ..model.moe import balance_loss, gate_weights, route
 from ..model.hyper import HyperConnection, collapse, mix, sinkhorn
 from ..model.block import Block
 from ..model.mtp import MTPBlock, head_loss, next_embeddings, shift_labels
@@ -109,6 +109,32 @@ def _whole_head(x, pos, R, theta): return _rotate(x, pos, x.shape[-1], theta)
 @mistake('rotate', 'you turned backwards: the sign of the angle is wrong')
 def _turned_backwards(x, pos, R, theta): return _rotate(x, -pos, R, theta)
 
+# %% ../../nbs/appendix/94_exercise_model.ipynb #5a0c1e77
+def _through(masks):
+    out = masks[0]
+    for mask in masks[1:]: out = mask.float()@out.float()>0
+    return out
+
+@exercise('reach', _through)
+def _random_masks():
+    def masks(n, T): return [*(torch.rand(n, T, T)<0.4).tril()]
+    return [(masks(2, 7),), (masks(3, 9),)]
+
+@mistake('reach', 'the order is reversed: the last layer looks first, its mask stands on the left')
+def _first_layer_on_the_left(masks): return _through(masks[::-1])
+
+@mistake('reach', 'you asked who is seen in every layer: the way may lead through other tokens')
+def _seen_in_every_layer(masks): return torch.stack(masks).all(0)
+
+@mistake('reach', 'you asked who is seen in some layer: every layer has to pass it on')
+def _seen_in_some_layer(masks): return torch.stack(masks).any(0)
+
+@mistake('reach', 'rows are queries and columns are keys: yours is transposed')
+def _keys_in_rows(masks): return _through(masks).mT
+
+@mistake('reach', 'you used the mask of one layer for all of them')
+def _one_mask_for_all(masks): return _through(masks[-1:]*len(masks))
+
 # %% ../../nbs/appendix/94_exercise_model.ipynb #25766cab
 def _averages(q, kv, sinks, mask): return attend(q, kv, sinks, mask)[0]
 
@@ -132,95 +158,43 @@ def _one_sink_for_all(q, kv, sinks, mask): return _averages(q, kv, sinks[:1].exp
 @mistake('attend_sdpa', 'the mask is upside down: True means that the query sees the key')
 def _mask_upside_down(q, kv, sinks, mask): return _averages(q, kv, sinks, ~mask)
 
-# %% ../../nbs/appendix/94_exercise_model.ipynb #e7dff197
-def _ring(n, size):
-    cache = KVCache(size)
-    cache.length = n-1
-    return cache.positions(1)
-
-@exercise('ring', _ring)
-def _rings(): return [(3, 5), (5, 5), (13, 5), (9, 4)]
-
-@mistake('ring', 'in a ring nothing moves: '
-    'position p stays in slot p modulo the size, you sorted by position')
-def _sorted_ring(n, size): return torch.arange(max(0, n-size), n)
-
-@mistake('ring', 'slots that were never written hold nothing: with n < size there are n entries')
-def _always_full(n, size): return n-1-(n-1-torch.arange(size))%size
-
-@mistake('ring', 'positions begin at 0, so the last one read is n-1')
-def _counted_from_1(n, size): return n-(n-torch.arange(min(n, size)))%size
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #9a2576c5
-def _dense(w, G):
-    layer = GroupedLinear(G, w.shape[1], len(w)//G)
-    inputs = torch.eye(G*w.shape[1])
-    return torch.func.functional_call(layer, dict(weight=w), inputs).mT
-
-@exercise('block_diagonal', _dense)
-def _two_groupings(): return [(randn(6, 3), 3), (randn(6, 3), 2)]
-
-@mistake('block_diagonal',
-    'every group of outputs reads its own inputs only: outside the blocks there must be zeros')
-def _no_zeros(w, G): return w.repeat(1, G)
-
-@mistake('block_diagonal',
-    'rows are outputs and columns inputs, as in nn.Linear: yours is transposed')
-def _transposed_matrix(w, G): return _dense(w, G).mT
-
-@mistake('block_diagonal', 'the inputs of a group lie side by side: yours take every G-th')
-def _every_gth(w, G): return _dense(w, G)[:,torch.arange(G*w.shape[1]).view(G, -1).mT.flatten()]
-
 # %% ../../nbs/appendix/94_exercise_model.ipynb #8a06c032
-def _visible(T, m):
-    pos = torch.arange(T)
+def _reads(t, window, m, k):
+    pos = torch.arange(t+1)
     rows = Rows(pos, pos, entries={CSA: None})
-    return make_blocks(small(compress_rate_csa=m), CSA, rows, None).seen[0]
+    seen = make_blocks(small(compress_rate_csa=m), CSA, rows, None).seen
+    picked = choose(torch.zeros(seen.shape), seen, k)[0,t].sum()
+    return int(window_mask(pos, pos, window)[0,t].sum()+picked)
 
-def _visible_early(T, m, early):
-    last = (torch.arange(T//m)+1)*m-1
-    return last-early<=torch.arange(T)[:,None]
+def _reads_with(t, window, m, k, entries): return min(t+1, window)+min(k, entries)
 
-@exercise('visible', _visible)
-def _blocks_in_a_row(): return [(11, 3), (8, 4)]
+@exercise('reads', _reads)
+def _positions():
+    return [(2, 8, 4, 3), (3, 8, 4, 3), (4, 8, 4, 3), (8, 5, 3, 9), (23, 8, 4, 9), (40, 8, 4, 3)]
 
-@mistake('visible',
-    'a leak: the query sees a block that has begun, but not ended, and so tokens after itself')
-def _from_its_first_token(T, m): return _visible_early(T, m, m-1)
+@mistake('reads',
+    'a leak: you counted a block that has begun, but not ended, and so tokens after the query')
+def _begun(t, window, m, k): return _reads_with(t, window, m, k, t//m+1)
 
-@mistake('visible', 'a leak of one token: block c ends with token (c+1)*m-1')
-def _a_token_early(T, m): return _visible_early(T, m, 1)
+@mistake('reads', 'a leak of one token: block i ends with token (i+1)*m-1')
+def _a_token_early(t, window, m, k): return _reads_with(t, window, m, k, (t+2)//m)
 
-@mistake('visible', 'the token that completes a block may see its entry')
-def _a_token_late(T, m): return _visible_early(T, m, -1)
+@mistake('reads',
+    'the token that completes a block may read its entry: with it, t+1 tokens are there')
+def _a_token_late(t, window, m, k): return _reads_with(t, window, m, k, t//m)
 
-# %% ../../nbs/appendix/94_exercise_model.ipynb #f7ecb140
-def _masked(scores, seen): return scores.masked_fill(~seen, float('-inf'))
+@mistake('reads', 'entries inside the window are read too: those tokens count twice')
+def _beyond_the_window(t, window, m, k):
+    return _reads_with(t, window, m, k, max(0, t+1-window)//m)
 
-@exercise('choose', choose)
-def _few_seen_and_ties():
-    scores = [randn(2, 5, 6), randn(2, 5, 6), randn(2, 5, 6).round()]
-    cases = zip(scores, (0.7, 0.3, 0.9), (2, 3, 2))
-    return [(z, torch.rand(2, 5, 6)<share, k) for z,share,k in cases]
+@mistake('reads', 'the indexer picks at most k entries')
+def _all_entries(t, window, m, k): return _reads_with(t, window, m, t+1, (t+1)//m)
 
-@mistake('choose',
-    'you took the best k of all entries and hid some afterwards: choose among those that are seen')
-def _best_of_all(scores, seen, k):
-    best = scores.topk(k, -1).indices
-    return seen & torch.zeros_like(seen).scatter(-1, best, True)
-
-@mistake('choose', 'where a query sees fewer than k entries, you filled up with hidden ones')
-def _filled_up(scores, seen, k): return choose(_masked(scores, seen), torch.ones_like(seen), k)
-
-@mistake('choose', 'of equal scores you kept all: never more than k')
-def _all_equals(scores, seen, k):
-    scores = _masked(scores, seen)
-    return seen & (scores>=scores.topk(k, -1).values[...,-1:])
-
-@mistake('choose', 'of equal scores the later entry goes first: yours keeps the earlier')
-def _earlier_of_equals(scores, seen, k): return choose(scores.flip(-1), seen.flip(-1), k).flip(-1)
+@mistake('reads', 'at the start of a text the window is not full yet')
+def _full_window(t, window, m, k): return window+min(k, (t+1)//m)
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #7a5e2bcf
+def _masked(scores, seen): return scores.masked_fill(~seen, float('-inf'))
 def _query_mean(x, seen): return x.masked_fill(~seen, 0).sum()/seen.any(-1).sum()
 def _log(target): return target.clamp(min=1e-30).log()
 
@@ -274,39 +248,6 @@ def _share_of_all(scores, bias, k, scale):
 
 @mistake('route', 'scale is missing: the weights of a token sum to it, not to 1')
 def _no_scale(scores, bias, k, scale): return route(scores, bias, k, 1)
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #f4540f74
-def _all_at_once(x, idx, w, gate_up, down, limit, lowest=None):
-    gate,up = torch.einsum('md,eid->mei', x, gate_up).chunk(2, -1)
-    h = F.silu(gate.clamp(lowest, limit))*up.clamp(-limit, limit)
-    weight = torch.zeros(len(x), len(down)).scatter(1, idx, w)
-    return torch.einsum('mei,edi,me->md', h, down, weight)
-
-@exercise('all_experts', run_experts)
-def _tokens_and_experts():
-    x = 2*randn(7, 4)
-    idx = torch.stack([torch.randperm(5)[:2] for _ in range(7)])
-    return [(x, idx, torch.rand(7, 2), randn(5, 6, 4), randn(5, 4, 3), 1.)]
-
-@mistake('all_experts', 'gate and up are swapped: the first I rows of gate_up go through silu')
-def _gate_and_up_swapped(x, idx, w, gate_up, down, limit):
-    return run_experts(x, idx, w, gate_up.roll(gate_up.shape[1]//2, 1), down, limit)
-
-@mistake('all_experts', 'the sum is not weighted')
-def _plain_sum(x, idx, w, gate_up, down, limit):
-    return run_experts(x, idx, torch.ones_like(w), gate_up, down, limit)
-
-@mistake('all_experts', 'the gate is clamped from above only')
-def _gate_clamped_twice(x, idx, w, gate_up, down, limit):
-    return _all_at_once(x, idx, w, gate_up, down, limit, lowest=-limit)
-
-@mistake('all_experts', 'the factors must be clamped to the limit')
-def _no_clamp(x, idx, w, gate_up, down, limit): return run_experts(x, idx, w, gate_up, down, 1e9)
-
-@mistake('all_experts',
-    'the k-th weight belongs to the k-th chosen expert: yours are in another order')
-def _weights_in_another_order(x, idx, w, gate_up, down, limit):
-    return run_experts(x, idx, w.flip(-1), gate_up, down, limit)
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #ad75763a
 def _loads(scores, idx):
