@@ -57,8 +57,7 @@ def init_weights(
         elif leaf in zero: p.zero_()
         elif p.ndim>1: p.normal_(std=std)
         elif 'norm' in name or leaf in ('scale', 'hc_scale'): p.fill_(1)
-        else: raise ValueError(f'{name}: init_weights has no rule for this name; '
-            'add one, or it starts as noise')
+        else: raise ValueError(f'{name}: init_weights has no rule for it; add one')
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #ff6acc80
 @dataclass
