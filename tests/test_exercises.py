@@ -54,8 +54,6 @@ OTHERS = dict(   # what people write, by other means than the list of mistakes: 
     reads=(lambda t, window, m, k: len(range(max(0, t-window+1), t+1))+min(k, len(range(0, t+1, m))), 'has begun, but not ended'),
     route=(softmax_weights, 'the bias only chooses'),
     mix=(lambda post, comb, X, y: post[...,None]*y[...,None,:]+comb@X, 'target index'),
-    shift=(lambda labels, by, docs: F.pad(labels, (0,by), value=-100)[:,by:], 'another document'),
-    packed=(lambda whale, texts: whale(torch.cat(texts)[None]).logits[0].split([len(t) for t in texts]), 'see each other'),
     encode_word=(lambda word, merges: functools.reduce(lambda s, m: re.sub(' '.join(m), ''.join(m), s), merges, ' '.join(word)).split(), 'two whole pieces'),
     orthogonal=(lambda G: G/G.norm(), 'every direction'),
     adamw=(adam, 'went into the gradient'),

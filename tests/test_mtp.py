@@ -1,6 +1,6 @@
 """The MTP chapter over many sizes: labels and embeddings against loops, reach, packing, and what each planted bug turns red."""
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
@@ -149,7 +149,34 @@ def test_cost_at_110m():
     with torch.device('meta'): n = sum(v.numel() for v in MTPBlock(cfg).state_dict().values())
     assert n==count_params(cfg)['mtp']==3_664_007
     flops = count_flops(cfg, 2048)
-    assert abs(flops['mtp']/sum(flops.values())-0.389)<1e-3
+    assert abs(flops['mtp']/sum(flops.values())-0.389)<1e-3 and 0.90<flops['head']/flops['mtp']<0.91
+
+def test_rows_shorter_than_the_shift_and_labels_that_are_none():
+    assert shift_labels(torch.tensor([[5]]), 2).tolist()==[[-100]]
+    assert shift_labels(torch.tensor([[5,-100,7]]), 1).tolist()==[[-100,7,-100]]
+
+# ---------------------------------------------------------------- where the best loss is known: a step appends one bit to the last four
+
+def walk(B, T): return torch.randint(2, (B,T+3)).unfold(1, 4, 1) @ torch.tensor([8,4,2,1])
+
+def same_label(labels, by, docs=None): return shift_labels(labels, 1, docs)
+def untold(e, docs=None): return torch.zeros_like(e)
+
+@pytest.mark.parametrize('kind,bits', [('right', 1), ('untold', 2), ('same_label', 0)])
+def test_each_wiring_has_its_floor(kind, bits):
+    "Told one token, one bit is unknown; not told, two; asked for what it was told, none. The main loss shows nothing of it"
+    torch.manual_seed(2)
+    whale = Whale(small(vocab_size=16, hidden_size=20, num_hidden_layers=1, initializer_range=0.2, hc_sinkhorn_iters=2))
+    opt,last = torch.optim.Adam(whale.parameters(), lr=1.5e-2, betas=(0.9,0.95)),[]
+    plants = dict(right={}, untold=dict(next_embeddings=untold), same_label=dict(shift_labels=same_label))[kind]
+    with patch.multiple(nanowhale.model.whale, **plants) if plants else nullcontext():
+        for _ in range(60):
+            ids = walk(32, 12)
+            out = whale(ids, labels=ids)
+            opt.zero_grad(); (out.loss+0.3*out.mtp_loss).backward(); opt.step()
+            last.append([out.loss.item(), out.mtp_loss.item()])
+    main,mtp = torch.tensor(last[-15:]).mean(0)/torch.tensor(2.).log()
+    assert abs(main-1)<0.1 and abs(mtp-bits)<0.1
 
 # ---------------------------------------------------------------- checks of a whole whale, by its mtp_loss alone, and bugs that they must see
 

@@ -15,7 +15,7 @@ from nanowhale.model.config import SWA, WhaleConfig
 from nanowhale.presets import count_params, nanowhale_100m, tiny, tiny_v4
 from nanowhale.generate.cache import Cache, KVCache
 from nanowhale.model.rope import rope_cos_sin
-from nanowhale.model.whale import Whale, init_weights
+from nanowhale.model.whale import Whale, WhaleOutput, init_weights
 from nanowhale.model.visibility import views, whole_rows
 
 def small(**kw):
@@ -116,6 +116,15 @@ def test_causal_and_as_far_as_windows_reach():
     i,j = torch.arange(T)[:,None],torch.arange(T)
     assert (moved==((i>=j) & (i-j<=3*3))).all()
 
+@torch.no_grad()
+def test_documents_and_padding_end_every_reach():
+    whale,ids,T = random_whale(num_hidden_layers=3).double(),random_ids(1, 15),15
+    docs = torch.tensor([[-1]*3+[0]*7+[1]*5])
+    changed = (ids.repeat(T,1)+torch.eye(T, dtype=torch.long))%31
+    moved = (whale(changed, docs=docs.expand(T,T)).logits-whale(ids, docs=docs).logits).abs().amax(-1).T>1e-12
+    i,j = torch.arange(T)[:,None],torch.arange(T)
+    assert (moved==((i>=j) & (i-j<=3*3) & (docs.T==docs))).all()
+
 # ---------------------------------------------------------------- dtypes
 
 def test_bf16_is_near_fp32():
@@ -136,6 +145,13 @@ def test_autocast_is_near_fp32():
     with torch.autocast('cpu', torch.bfloat16): low = whale(ids, labels=ids)
     (low.loss+low.mtp_loss).backward()
     assert abs(low.loss-out.loss)<0.02 and all(p.grad.isfinite().all() for p in whale.parameters())
+
+def test_half_precision_keeps_what_chooses_and_multiplies():
+    half = random_whale().bfloat16()
+    wide = {n for n,t in half.state_dict().items() if t.dtype==torch.float32}
+    want = ('norm', '_hc.', 'hc_head', 'sinks', 'e_score_correction_bias', 'gate.weight')
+    assert wide=={n for n in half.state_dict() if any(w in n for w in want)} and 'lm_head.weight' not in wide
+    assert half.double().model.hc_head.hc_fn.dtype==torch.float64
 
 def test_float64_stays_float64():
     whale,ids = random_whale().double(),random_ids(2, 9)
@@ -219,6 +235,32 @@ def test_loss_at_the_start_is_ln_v():
     for loss in (out.loss, out.mtp_loss): assert abs(loss.item()-torch.tensor(300.).log().item()-cfg.initializer_range**2*cfg.hidden_size/2)<0.02
 
 # ---------------------------------------------------------------- no labels, short rows, bad batches
+
+@pytest.mark.parametrize('std', [0.006, 0.06, 0.18, 0.24])
+def test_the_first_loss_grows_as_normal_logits_say(std):
+    torch.manual_seed(4)
+    cfg,ids = small(vocab_size=1024, hidden_size=64, initializer_range=std),torch.randint(1024, (24,64))
+    with torch.no_grad(): out = Whale(cfg)(ids, labels=ids)
+    for loss in (out.loss, out.mtp_loss): assert abs(loss.item()-torch.tensor(1024.).log().item()-std**2*32)<0.06
+
+def test_logits_are_computed_when_asked_for_and_once():
+    calls = []
+    out = WhaleOutput(torch.ones(2,3,4), head=lambda h: calls.append(1) or 2*h)
+    assert not calls and out.logits is out.logits and (out.logits==2).all() and len(calls)==1
+
+def test_it_learns_two_rows_by_heart():
+    "Coarse: a part without a gradient or a loss with the wrong sign does not; and the router's bias moves by whole steps"
+    torch.manual_seed(3)
+    whale,ids = Whale(small(vocab_size=50, initializer_range=0.1, swiglu_limit=10.0)),torch.randint(50, (2,13))
+    opt = torch.optim.Adam(whale.parameters(), lr=0.02)
+    first = whale(ids, labels=ids).loss.item()
+    for _ in range(40):
+        out = whale(ids, labels=ids)
+        opt.zero_grad(); (out.loss+0.3*out.mtp_loss+1e-4*out.balance_loss).backward(); opt.step()
+        whale.update_router_bias(out.expert_load, speed=0.01)
+    assert abs(first-torch.tensor(50.).log())<0.3 and out.loss<0.2 and out.mtp_loss<0.3
+    steps = torch.stack([b for n,b in whale.named_buffers()])/0.01
+    assert steps.abs().max()>2 and (steps-steps.round()).abs().max()<1e-3
 
 @pytest.mark.parametrize('T', [1, 2, 3, 9])
 def test_without_labels_the_losses_are_zero_and_so_are_their_gradients(T):
@@ -325,6 +367,15 @@ def test_110m():
     with torch.device('meta'): whale = Whale(nanowhale_100m())
     assert (whale.n_params(mtp=False), whale.n_params())==(110_369_621, 114_033_628)
     assert sum(p.numel() for p in whale.parameters())==114_033_628-4*9
+
+def test_each_component_counts_what_is_there():
+    part = dict(self_attn='attention', mlp='moe', attn_hc='hyper', ffn_hc='hyper', hc_head='hyper', embed_tokens='embed', lm_head='head')
+    with torch.device('meta'): whale = Whale(nanowhale_100m())
+    table = {}
+    for name,t in whale.state_dict().items():
+        where = 'mtp' if name.startswith('mtp.') else next((part[p] for p in name.split('.') if p in part), 'norm')
+        table[where] = table.get(where, 0)+t.numel()
+    assert table==count_params(whale.cfg)
 
 @pytest.mark.parametrize('cfg', [small(), tiny(), small(num_nextn_predict_layers=0, hc_mult=1)])
 def test_count_params_is_what_is_there(cfg):
@@ -491,6 +542,7 @@ def short_ring(self, kv, real=KVCache.extend):
     return out
 
 def first_stream(self, X): return X[:,:,0]
+def mean_of_streams(self, X): return X.mean(2)
 
 PLANTED = {
     'a buffer that is not saved (bug 11)': (Table, None, {'check_state'}),
@@ -499,6 +551,7 @@ PLANTED = {
     'cached tokens one position late (bug 18)': (Whale, lambda: patch.object(nanowhale.model.whale, 'views', late), {'check_cache'}),
     'cache one key short (bug 18)': (Whale, lambda: patch.object(KVCache, 'extend', short_ring), {'check_cache'}),
     'first stream for the learned collapse': (Whale, lambda: patch.object(nanowhale.model.hyper.HyperHead, 'forward', first_stream), {'check_oracle'}),
+    'mean of the streams for it': (Whale, lambda: patch.object(nanowhale.model.hyper.HyperHead, 'forward', mean_of_streams), {'check_oracle'}),
 }
 
 @pytest.mark.parametrize('name', PLANTED)

@@ -57,8 +57,7 @@ def init_weights(
         elif leaf in zero: p.zero_()
         elif p.ndim>1: p.normal_(std=std)
         elif 'norm' in name or leaf in ('scale', 'hc_scale'): p.fill_(1)
-        else: raise ValueError(f'{name}: init_weights has no rule for this name; '
-            'add one, or it starts as noise')
+        else: raise ValueError(f'{name}: init_weights has no rule for it; add one')
 
 # %% ../../nbs/1_architecture/12_whale.ipynb #ff6acc80
 @dataclass
@@ -118,20 +117,19 @@ class Whale(nn.Module):
         hidden = self.model.norm(self.model.hc_head(X))
         real = None if docs is None else docs>=0
         reports = [(routing, real) for routing in routings]   # and the tokens that count in each
-        losses = {}
-        if labels is not None: losses = self.losses(hidden, X, e, seen[SWA], labels, docs, reports)
+        losses = {} if labels is None else self.losses(hidden, X, e, seen, labels, docs, reports)
         if learn: losses['indexer_loss'] = torch.stack(learn).mean()
         balance = [balance_loss(*routing, counted) for routing,counted in reports]
         load = [expert_load(r.idx, r.scores.shape[-1], counted) for r,counted in reports]
         return WhaleOutput(hidden, self.lm_head, streams=X, **losses,
             balance_loss=torch.stack(balance).sum(), expert_load=torch.stack(load))
 
-    def losses(self, hidden, X, e, view, labels, docs, reports):
+    def losses(self, hidden, X, e, seen, labels, docs, reports):
         "Cross-entropy of the next token and, by the MTP block, of the one after; it reports, too"
         W = self.lm_head.weight
         losses = dict(loss=self.head_loss(hidden, W, shift_labels(labels, 1, docs)))
         for block in self.mtp:
-            h,routing = block(X, next_embeddings(e, docs), *view)
+            h,routing = block(X, next_embeddings(e, docs), *seen[SWA])
             targets = shift_labels(labels, 2, docs)
             losses['mtp_loss'] = self.head_loss(h, W, targets)
             reports.append((routing, targets!=-100))
