@@ -8,21 +8,20 @@ __all__ = ['randn', 'PERMUTATIONS', 'small', 'rough']
 # %% ../../nbs/appendix/94_exercise_model.ipynb #777852e3
 import itertools, math
 from dataclasses import replace
-import torch, torch.nn.functional as F
+import torch
 from torch import nn
 from ..model.config import CSA, WhaleConfig
 from ..presets import count_flops, count_params, tiny
 from ..model.rope import rope_angles, rope_cos_sin, rotate
 from ..model.visibility import Rows, make_blocks, window_mask
 from ..model.plain import RMSNorm
-from ..model.attention import GroupedLinear, attend
+from ..model.attention import attend
 from ..model.compress import choose, index_loss
 from ..model.moe import balance_loss, gate_weights, route
 from ..model.hyper import HyperConnection, collapse, mix, sinkhorn
 from ..model.block import Block
-from ..model.mtp import MTPBlock, head_loss, next_embeddings, shift_labels
-from ..model.whale import Whale, init_weights
-from ..generate.cache import KVCache
+from ..model.mtp import head_loss, shift_labels
+from ..model.whale import init_weights
 from .checker import exercise, mistake
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #8486b76f
@@ -434,52 +433,6 @@ def _all_stale(*args): return _stack(*args, stale=3)
     'the sublayer before the experts is the attention of the same block')
 def _a_block_back(*args): return _stack(*args, back=2)
 
-# %% ../../nbs/appendix/94_exercise_model.ipynb #c3937589
-def _two_docs(): return torch.tensor([[0,0,0,1,1,1,2], [0,0,1,1,1,-1,-1]])
-
-@exercise('shift', shift_labels)
-def _packed_and_whole():
-    docs = [_two_docs(), torch.zeros(2, 7, dtype=torch.long)]
-    return [(torch.randint(0, 23, (2, 7)), by, d) for by in (1, 2) for d in docs]
-
-@mistake('shift',
-    'you wrapped around: the last positions must not get the first tokens of their row')
-def _labels_rolled(labels, by, docs):
-    outside = (docs.roll(-by, 1)!=docs) | (docs<0)
-    return labels.roll(-by, 1).masked_fill(outside, -100)
-
-@mistake('shift', 'a target in another document is no target: give it -100')
-def _across_documents(labels, by, docs): return shift_labels(labels, by)
-
-@mistake('shift', 'padding (documents below 0) predicts nothing')
-def _padding_predicts(labels, by, docs): return shift_labels(labels, by, docs+5)
-
-@mistake('shift', 'the target lies behind: position i must predict the token at i+by')
-def _shifted_backwards(labels, by, docs):
-    return shift_labels(labels.flip(1), by, docs.flip(1)).flip(1)
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #a1cf45e4
-def _mtp_streams(block, X, e):
-    return block.e_proj(block.enorm(e))[:,:,None]+block.h_proj(block.hnorm(X))
-
-def _mtp_input(block, X, e): return _mtp_streams(block, X, next_embeddings(e))
-
-@exercise('mtp_input', _mtp_input)
-def _an_mtp_block(): return [(rough(MTPBlock(small())), randn(2, 5, 3, 6), randn(2, 5, 6))]
-
-@mistake('mtp_input', 'the embedding is that of the token itself: position i is told token i+1')
-def _told_its_own_token(block, X, e): return _mtp_streams(block, X, e)
-
-@mistake('mtp_input', 'you collapsed the streams: every one of the N goes in by itself')
-def _streams_collapsed(block, X, e):
-    return _mtp_input(block, X.mean(2, keepdim=True).expand_as(X), e)
-
-@mistake('mtp_input', 'the norms are missing: enorm for the embedding, hnorm for the streams')
-def _norms_missing(block, X, e): return block.e_proj(next_embeddings(e))[:,:,None]+block.h_proj(X)
-
-@mistake('mtp_input', 'the last position has no next token and is told zeros: yours wraps around')
-def _embeddings_rolled(block, X, e): return _mtp_streams(block, X, e.roll(-1, 1))
-
 # %% ../../nbs/appendix/94_exercise_model.ipynb #b25b100a
 def _agree(main, mtp, by=1):
     "How often both rows name the same token, the main head `by` places later"
@@ -504,6 +457,8 @@ def _a_place_too_far(main, mtp): return _agree(main, mtp, 2)
 def _judged_by_the_first(main, mtp): return _agree(main.roll(-1, 1), mtp, 0)
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #9224e8ae
+def _two_docs(): return torch.tensor([[0,0,0,1,1,1,2], [0,0,1,1,1,-1,-1]])
+
 def _two_heads(h, g, weight, labels, docs, lam, by=(1, 2)):
     main = head_loss(h, weight, shift_labels(labels, by[0], docs))
     return main+lam*head_loss(g, weight, shift_labels(labels, by[1], docs))
@@ -529,26 +484,3 @@ def _main_not_shifted(*args): return _two_heads(*args, by=(0, 2))
 @mistake('two_heads', 'labels in another document are no targets')
 def _documents_ignored(h, g, weight, labels, docs, lam):
     return _two_heads(h, g, weight, labels, None, lam)
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #25509974
-def _in_one_row(whale, texts, docs):
-    logits = whale(torch.cat(texts)[None], docs=docs).logits[0]
-    return list(logits.split([len(t) for t in texts]))
-
-def _one_by_one(whale, texts): return [whale(t[None]).logits[0] for t in texts]
-
-@exercise('packed', _one_by_one)
-def _three_texts():
-    whale = rough(Whale(small()))
-    return [(whale, [torch.randint(0, 23, (n,)) for n in (3, 6, 4)])]
-
-@mistake('packed', 'the texts see each other: without docs a row is one document')
-def _one_document(whale, texts): return _in_one_row(whale, texts, None)
-
-@mistake('packed', 'every token is alone: the tokens of one text share one document number')
-def _a_document_each(whale, texts):
-    return _in_one_row(whale, texts, torch.arange(sum(map(len, texts)))[None])
-
-@mistake('packed', 'you padded the texts and cut too late: some logits are those of padding')
-def _cut_too_late(whale, texts):
-    return [F.pad(z, (0,0,1,0))[:-1] for z in _one_by_one(whale, texts)]
