@@ -268,7 +268,8 @@ def test_two_streams_end_where_their_ratio_says():
     m = sinkhorn(l, 60, eps=0)
     for i in range(2): assert_close(m[:,i,i], end, rtol=0, atol=1e-3)
 
-@pytest.mark.parametrize('sigma,iters,mean,p99,norm', [(0.5,2,.003,.017,1.01), (1.28,2,.039,.195,1.3), (3,2,.145,.61,1.8), (3,5,.037,.19,1.5), (3,20,.002,.024,1.1)])
+@pytest.mark.parametrize('sigma,iters,mean,p99,norm',
+    [(0.5,2,.003,.017,1.01), (1.28,2,.039,.195,1.3), (3,2,.145,.61,1.8), (3,5,.037,.19,1.5), (3,20,.002,.024,1.1)])
 def test_few_rounds_leave_errors_of_known_size(sigma, iters, mean, p99, norm):
     torch.manual_seed(7)
     m = sinkhorn(sigma*torch.randn(8192,4,4), iters)

@@ -19,12 +19,11 @@ class Block(nn.Module):
     "Attention, then the experts, each attached to the streams by a hyper-connection (V4 section 2)"
     def __init__(self, cfg, attention=SWA, mlp='moe'):   # of `layer_types`, `mlp_layer_types`
         super().__init__()
-        D = cfg.hidden_size
         self.attn_hc = HyperConnection(cfg)
-        self.input_layernorm = RMSNorm(D, cfg.rms_norm_eps)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg) if attention==SWA else CompressedAttention(cfg, attention)
         self.ffn_hc = HyperConnection(cfg)
-        self.post_attention_layernorm = RMSNorm(D, cfg.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MoE(cfg, mlp)
 
     def forward(self,
