@@ -2,13 +2,14 @@
 import random
 import pytest, torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer
 
 from nanowhale.fast.kernels import KERNELS, use
 from nanowhale.model import block as block_module
 from nanowhale.model.block import Block
 from nanowhale.model.config import WhaleConfig
-from nanowhale.presets import layer_params, nanowhale_100m, tiny
+from nanowhale.presets import layer_flops, layer_params, nanowhale_100m, tiny
 from nanowhale.model.hyper import collapse, mix
 from nanowhale.generate.cache import KVCache
 from nanowhale.model.visibility import window_mask
@@ -168,3 +169,41 @@ def test_a_block_costs_what_the_config_says():
     for seed in range(4):
         cfg = random_config(seed)
         assert sum(v.numel() for v in Block(cfg).state_dict().values())==sum(layer_params(cfg).values())
+
+def gradient_norms(forward, depth=24):
+    "Size of the gradient below each of `depth` fresh blocks, relative to the top"
+    torch.manual_seed(1)
+    cfg = WhaleConfig(vocab_size=50, hidden_size=32, moe_intermediate_size=7, num_attention_heads=4, head_dim=10, qk_rope_head_dim=6,
+        q_lora_rank=5, o_groups=2, o_lora_rank=8, n_routed_experts=5, num_experts_per_tok=2, sliding_window=4, hc_mult=4, hc_sinkhorn_iters=2)
+    rope,mask = surroundings(cfg, 11)
+    states = [torch.randn(1,11,1,32).repeat(1,1,4,1).requires_grad_()]
+    for _ in range(depth): states.append(forward(Block(cfg), states[-1], rope, mask)[0])
+    grads = torch.autograd.grad((states[-1]*torch.randn_like(states[-1])).sum(), states)
+    return [(g.norm()/grads[-1].norm()).item() for g in grads]
+
+def test_the_gradient_reaches_the_first_block_with_the_norm_before():
+    before,after = gradient_norms(Block.forward),gradient_norms(norm_after)
+    assert 0.3<min(before) and max(before)<3 and after[0]>30
+
+def test_the_norm_after_a_sublayer_hides_how_much_it_says():
+    "Doubling a sublayer's last matrix doubles what it writes; with the norm after it, nothing changes"
+    cfg,b,X,_ = case(4, torch.float64)
+    rope,mask = surroundings(cfg, X.shape[1])
+    N = cfg.hc_mult
+    for hc in (b.attn_hc, b.ffn_hc):
+        hc.fn.data.zero_(); hc.scale.data.fill_(1); hc.base.data[2*N:] = 60*torch.eye(N, dtype=torch.float64).flatten()
+    for p in (b.mlp.experts.down_proj, b.mlp.shared_experts.down_proj.weight): p.data.zero_()
+    for forward,factor in ((Block.forward, 2), (norm_after, 1)):
+        once = forward(b, X, rope, mask)[0]-X
+        b.self_attn.o_b_proj.weight.data.mul_(2)
+        twice = forward(b, X, rope, mask)[0]-X
+        b.self_attn.o_b_proj.weight.data.div_(2)
+        assert once.abs().max()>0.01
+        assert_close(twice, factor*once, rtol=0, atol=1e-3)
+
+def test_a_block_computes_what_the_config_says():
+    "The formula counts matrix products, and so does torch; in a context as short as this, masked keys are multiplied too"
+    big,T = nanowhale_100m(),8
+    rope,mask = surroundings(big, T)
+    with FlopCounterMode(display=False) as counter: Block(big)(torch.randn(1,T,4,320), rope, mask)
+    assert counter.get_total_flops()==T*sum((layer_flops(big, T) | dict(scores=4*8*96*T)).values())

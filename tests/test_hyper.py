@@ -251,3 +251,101 @@ def test_traces_as_one_graph(kernels): check_compiled('aot_eager', kernels)
 @pytest.mark.slow
 @pytest.mark.parametrize('kernels', KERNELS)
 def test_compiled_backward_is_finite(kernels): check_compiled('inductor', kernels)
+
+# ---------------------------------------------------------------- what the chapter says
+
+def test_the_sum_that_is_finished_last_is_exact_and_no_logits_turn_it_round():
+    "So weights trained with the transposed mix need the switch"
+    torch.manual_seed(0)
+    m = sinkhorn(3*torch.randn(1000,4,4).double(), 2, 0)
+    assert (m.sum(-2)-1).abs().max()<1e-12 and (m.sum(-1)-1).abs().max()>0.1
+
+def test_two_streams_end_where_their_ratio_says():
+    "Divisions keep m11*m22/(m12*m21), and on the polytope that fixes the matrix"
+    torch.manual_seed(5)
+    l = 2*torch.randn(12,2,2).double()
+    end = torch.sigmoid((l[:,0,0]+l[:,1,1]-l[:,0,1]-l[:,1,0])/2)
+    m = sinkhorn(l, 60, eps=0)
+    for i in range(2): assert_close(m[:,i,i], end, rtol=0, atol=1e-3)
+
+@pytest.mark.parametrize('sigma,iters,mean,p99,norm',
+    [(0.5,2,.003,.017,1.01), (1.28,2,.039,.195,1.3), (3,2,.145,.61,1.8), (3,5,.037,.19,1.5), (3,20,.002,.024,1.1)])
+def test_few_rounds_leave_errors_of_known_size(sigma, iters, mean, p99, norm):
+    torch.manual_seed(7)
+    m = sinkhorn(sigma*torch.randn(8192,4,4), iters)
+    off = (m.sum(-1)-1).abs().flatten()
+    assert abs(off.mean()-mean)<0.1*mean+6e-4 and abs(off.quantile(0.99)-p99)<0.1*p99+2e-3
+    assert torch.linalg.matrix_norm(m, 2).max()<norm
+
+def test_no_depth_gains_more_than_the_root_of_the_streams():
+    "Each target receives 1, so all sources together give N through any number of layers"
+    torch.manual_seed(8)
+    total = torch.eye(4)
+    for comb in sinkhorn(10*torch.randn(64,50,4,4), 2): total = total@comb
+    assert_close(total.sum((-2,-1)), torch.full((50,), 4.), rtol=0, atol=1e-3)
+    assert 1 < torch.linalg.matrix_norm(total, 2).max() < 2
+
+@pytest.mark.parametrize('connect,N,low,high', [('residual',1,.3,4), ('free',4,100,1e6), ('sinkhorn',4,.3,4)])
+def test_activations_and_gradients_through_48_sublayers(connect, N, low, high):
+    mixes = dict(residual=torch.ones_like, free=lambda z: torch.eye(4)+z/4, sinkhorn=lambda z: sinkhorn(2*torch.eye(4)+z, 20))
+    torch.manual_seed(13)
+    start = torch.randn(1,32,1,16).repeat(1,1,N,1).requires_grad_()
+    X = start
+    for _ in range(48):
+        pre,post = torch.randn(2,1,32,N).mul(N>1).sigmoid()*2
+        y = torch.nn.functional.rms_norm(collapse(pre, X), (16,))@torch.randn(16,16)*0.05
+        X = mix(post, mixes[connect](torch.randn(1,32,N,N)), X, y)
+    dy = torch.randn_like(X)
+    g, = torch.autograd.grad(X, start, dy)
+    assert low < X.norm()/start.norm() < high and low < g.norm()/dy.norm() < high
+
+def test_only_the_direction_of_the_streams_counts():
+    X,fn = torch.randn(2,5,3,8).double(),torch.randn(7,24).double()
+    assert_close(project(100*X, fn, 0), project(X, fn, 0))
+
+def test_the_switch_transposes_the_mix():
+    a,_,X,_ = modules()
+    comb = a(X)[2]
+    a.transposed = True
+    assert_close(a(X)[2], comb.mT, rtol=0, atol=0)
+
+def from_residual(scale, L=16, D=64, N=4):
+    "How far the mean of fresh streams is from a pre-norm residual network"
+    torch.manual_seed(1)
+    X = x = torch.randn(1,32,D)
+    X = X[:,:,None].expand(-1,-1,N,-1)
+    for _ in range(L):
+        W = torch.randn(D,D)/D**.5
+        def f(u): return torch.tanh(torch.nn.functional.rms_norm(u, (D,))@W)
+        a = HyperConnection(WhaleConfig(hidden_size=D, hc_mult=N, initializer_range=0.02*(320/D)**.5))
+        torch.nn.init.constant_(a.scale, scale)
+        pre,post,comb = a(X)
+        X,x = mix(post, comb, X, f(collapse(pre, X))),x+f(x)
+    return ((X.mean(2)-x).norm()/x.norm()).item()
+
+def test_step_zero_is_a_residual_network_only_without_scale():
+    assert from_residual(0)<1e-4 < from_residual(0.01)<0.01 < 0.1<from_residual(1)<0.4
+
+def test_copies_are_told_apart_by_post_alone_and_give_the_mix_no_gradient():
+    torch.manual_seed(10)
+    a = HyperConnection(WhaleConfig(hidden_size=320, hc_mult=4, hc_sinkhorn_iters=2))
+    X,y = torch.randn(1,50,1,320).expand(-1,-1,4,-1),torch.randn(1,50,320)
+    assert abs(project(X, a.fn, 1e-6).std()-0.02*1280**0.5) < 0.1
+    spread = lambda X: (X-X.mean(2, keepdim=True)).abs().max()
+    pre,post,comb = a(X)
+    assert spread(mix(torch.ones_like(post), comb, X, y)) < 1e-4 < 0.1 < spread(mix(post, comb, X, y))
+    g, = torch.autograd.grad((mix(post, comb, X, y)*torch.randn(1,50,4,320)).sum(), a.fn)
+    assert g[8:].norm() < 1e-4*g[4:8].norm()
+
+def test_what_a_connection_costs():
+    cfg = WhaleConfig(hidden_size=320, hc_mult=4)
+    assert sum(p.numel() for p in HyperConnection(cfg).parameters())==24*1280+24+3
+    assert sum(p.numel() for p in HyperHead(cfg).parameters())==5125
+
+@pytest.mark.parametrize('iters', [2, 5, 20])
+def test_what_the_plain_sinkhorn_keeps_for_its_backward(iters):
+    "The softmax's N*N numbers, and N*N+N for each division"
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        sinkhorn(torch.rand(10,4,4, requires_grad=True), iters)
+    assert sum(saved)==10*(16+(2*iters-1)*20)
