@@ -18,7 +18,7 @@ from ..model.plain import RMSNorm
 from ..model.attention import attend
 from ..model.compress import choose, index_loss
 from ..model.moe import balance_loss, gate_weights, route
-from ..model.hyper import HyperConnection, collapse, mix, sinkhorn
+from ..model.hyper import HyperConnection, collapse, mix
 from ..model.block import Block
 from ..model.mtp import head_loss, shift_labels
 from ..model.whale import init_weights
@@ -288,30 +288,6 @@ def _streams_lost(post, comb, X, y): return mix(post, 0*comb, X, y)
 
 @mistake('mix', 'the old streams are kept as they were: comb must mix them')
 def _streams_unmixed(post, comb, X, y): return mix(post, torch.eye(4).expand_as(comb), X, y)
-
-# %% ../../nbs/appendix/94_exercise_model.ipynb #00aab6fd
-def _divided(logits, iters, eps, axes=(-2, -1), rest=1):
-    "Softmax, then divisions by sums along both axes in turn; the last `rest` of them left out"
-    m = logits.softmax(axes[1])+eps
-    for axis in (list(axes)*iters)[:2*iters-rest]: m = m/(m.sum(axis, keepdim=True)+eps)
-    return m
-
-@exercise('sinkhorn', sinkhorn)
-def _few_rounds(): return [(2*randn(2, 5, 4, 4), 2, 1e-9), (randn(3, 3), 1, 1e-9)]
-
-@mistake('sinkhorn', 'sources and targets are swapped: '
-    'the softmax goes over targets (the last axis), the last division over sources')
-def _axes_swapped(logits, iters, eps): return _divided(logits, iters, eps, axes=(-1, -2))
-
-@mistake('sinkhorn', 'one division too many: '
-    'the last one makes what each target receives, the sum over j, equal to 1')
-def _a_division_too_many(logits, iters, eps): return _divided(logits, iters, eps, rest=0)
-
-@mistake('sinkhorn', 'one round too few: the last of `iters` divisions over sources ends the loop')
-def _a_round_too_few(logits, iters, eps): return _divided(logits, iters, eps, rest=2)
-
-@mistake('sinkhorn', 'the logits must become positive first: the exponential is missing')
-def _no_exponential(logits, iters, eps): return _divided(logits.abs().log(), iters, eps)
 
 # %% ../../nbs/appendix/94_exercise_model.ipynb #c9f033b5
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
