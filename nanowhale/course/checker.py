@@ -202,20 +202,14 @@ def tried(f, args):
         raise Refused(says) from e
 
 def unlike(
-    ex:Exercise,
-    f:Callable,   # the reader's function
-    calls:list,   # tuples of arguments
+    mine:list,       # outcomes of the reader's function
+    other:Callable,  # a function
+    calls:list,      # what both are given
 ) -> str|None:
-    "How a function differs from the right one, by a mistake's sentence or by numbers"
-    mine = [tried(f, args) for args in calls]
-    def agrees(other):
-        return not any(difference(m, outcome(other, args)) for m,args in zip(mine, calls))
-    if agrees(ex.right): return None
-    for says,wrong in ex.wrong.items():
-        if agrees(wrong): return says
-    for args,(out,grads) in zip(calls, mine):
-        want,right_grads = outcome(ex.right, args)
-        d = difference(out, want) or difference(grads, right_grads, 'the gradients')
+    "The first difference between outcomes and those of another function, in words"
+    for (out,grads),args in zip(mine, calls):
+        want,other_grads = outcome(other, args)
+        d = difference(out, want) or difference(grads, other_grads, 'the gradients')
         if d: return f'{d}; {given(args)}'
 
 def verdict(
@@ -225,12 +219,17 @@ def verdict(
     "What is wrong with what the reader hands in, in one line; None: nothing"
     ex = EXERCISES[name]
     if ex.within is not None: return far_off(ex, f)
+    known = ''
     try:
-        if says := unlike(ex, f, drawn(ex)): return says
-    except Refused as e: return str(e)
-    try: says = next(filter(None, (unlike(ex, f, drawn(ex, more)) for more in (1, 2))), None)
-    except Refused as e: says = str(e)
-    return says and f'right for the arguments that never change, but not for new ones: {says}'
+        for more in 0, 1, 2:
+            calls = drawn(ex, more)
+            mine = [tried(f, args) for args in calls]
+            says = unlike(mine, ex.right, calls)
+            foreseen = {} if known else ex.wrong
+            named = (m for m,wrong in foreseen.items() if not unlike(mine, wrong, calls))
+            if says: return known+next(named, says)
+            known = 'right for the arguments that never change, but not for new ones: '
+    except Refused as e: return f'{known}{e}'
 
 
 # %% ../../nbs/appendix/93_checker.ipynb #ce92dc75
@@ -251,8 +250,9 @@ def far_off(
 ) -> str|None:
     "What is wrong with a guess, in one line; None: nothing"
     if isinstance(guess, Tensor) and guess.numel()==1: guess = guess.item()
-    if not isinstance(guess, (int, float)): return f'hand in the number itself, not {kind(guess)}'
-    def near(number): return math.isclose(guess, number, rel_tol=ex.within, abs_tol=1e-12)
+    number = isinstance(guess, (int, float)) and not isinstance(guess, bool)
+    if not number or math.isnan(guess): return f'hand in the number itself, not {kind(guess)}'
+    def near(x): return math.isclose(guess, x, rel_tol=ex.within, abs_tol=1e-12)
     right = ex.right()
     if near(right): return None
     foreseen = (says for says,wrong in ex.wrong.items() if near(wrong()))

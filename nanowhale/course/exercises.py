@@ -16,7 +16,7 @@ from ..generate.cache import Cache
 from ..generate.speculate import residual
 from .checker import exercise, mistake
 from .checker import answer, check  # noqa: F401  for readers to import from here
-from .exercise_model import between, randn, rough, small
+from .exercise_model import between, randn, rough, small, uniform
 
 # %% ../../nbs/appendix/95_exercises.ipynb #0c31797c
 def _slices(x, starts, width, fill):
@@ -34,7 +34,7 @@ def _packed(docs, context, pad, step=None, padding=-1):
 @exercise('pack', pack)
 def _documents(more):
     def doc(n): return [0, *torch.randint(2, 99, (n,)).tolist(), 1]
-    return [([doc(2+more), doc(1), doc(3+more)], 5+more, 1), ([doc(1)], 4+more, 1)]
+    return [([doc(2+more), doc(1), doc(3+more)], 5+more, 1), ([doc(1)], 4+more, between(2, 9))]
 
 @mistake('pack',
     'rows must share one token: without it the first token of each row is never a target')
@@ -179,7 +179,8 @@ def _adamw(p, g, m, v, t, lr, b1, b2, eps, wd, l2=False, biased=False, eps_insid
 def _two_steps(more):
     def step(t):
         p,g,m,v = randn(4, 3+more, 4+more)
-        return p, g, 0.1*m, v**2, t, 0.1, 0.9, 0.95, 0.01, 0.1+more
+        lr,b1,b2,eps,wd = (uniform(0.05, 0.2) for _ in range(5))
+        return p, g, 0.1*m, v**2, t, lr, 1-b1, 1-b2, eps, wd
     return [step(1), step(7+more)]
 
 @mistake('adamw',
@@ -254,7 +255,7 @@ def _clipped(grads, most): return _shrunk(grads, min(1, most/math.hypot(*_norms(
 @exercise('clip', _clipped)
 def _large_and_small_gradients(more):
     def grads(scale): return [scale*randn(3+more, 4+more), 0.1*randn(5+more)]
-    return [(grads(1.), 1.), (grads(0.1), 1.+more)]
+    return [(grads(1.), uniform(0.5, 1)), (grads(0.1), uniform(1, 2))]
 
 @mistake('clip',
     'the norm is that of all gradients together: one by one, their proportions change')
@@ -371,7 +372,7 @@ def _a_prompt(more):
             if args[0].shape[1]>n+1: raise ValueError(f'a pass of {args[0].shape[1]} tokens')
         whale.register_forward_pre_hook(few_tokens)
         return whale, torch.randint(0, 23, (2+more, T)), n
-    return [case(4), case(13+more), case(3)]
+    return [case(4), case(13+more), case(2)]
 
 @mistake('prefill', 'one cache for the whole prompt: '
     'a new one for each pass forgets what came before')
@@ -414,8 +415,9 @@ def _lookup(ids, k, n, newest=True):
 @exercise('lookup', _lookup)
 def _token_lists(more):
     names = torch.randperm(9).tolist()
-    lists = ([1,2,3,1,2,4,5,1,2], 2), ([1,2,3], 2), ([1,2,3,4,2,3,5,2,3], 4), ([7,7,7,7], 2)
-    return [([9]*more+[names[i] for i in ids], 2, n+more) for ids,n in lists]
+    lists = [([1,2,3,1,2,4,5,1,2], 2, 2), ([1,2,3], 2, 2), ([1,2,3,4,2,3,5,2,3], 2, 4),
+        ([5,1,2,3,6,2,3,4,1,2,3], 3, 2), ([7,7,7,7], 2, 2)]
+    return [([9]*more+[names[i] for i in ids], k, n+more) for ids,k,n in lists]
 
 @mistake('lookup', 'the latest earlier place is the best guess: you took the first')
 def _first_place(*args): return _lookup(*args, newest=False)
