@@ -209,7 +209,9 @@ def test_what_the_reader_did_not_write_is_refused(kind, name):
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_new_arguments_are_new_and_larger(name):
     "Otherwise results could be written down"
-    def size(x): return sum(map(size, x.values() if isinstance(x, dict) else x)) if isinstance(x, (list, tuple, dict)) else x.numel() if isinstance(x, torch.Tensor) else len(x) if isinstance(x, str) else 1
+    def size(x):
+        if isinstance(x, (list, tuple, dict)): return sum(map(size, x.values() if isinstance(x, dict) else x))
+        return x.numel() if isinstance(x, torch.Tensor) else len(x) if isinstance(x, str) else 1
     fixed,a,b = (drawn(EXERCISES[name], more) for more in (0, 1, 1))
     assert [known(x) for x in a]!=[known(x) for x in b]
     if any(isinstance(x, (torch.Tensor, list)) for args in fixed for x in args): assert size(a)>size(fixed)
@@ -249,7 +251,8 @@ def test_a_number_is_right_within_its_tolerance(guess, capsys):
     assert capsys.readouterr().out=='bytes: right\n'*3
 
 @pytest.mark.parametrize('x,says', [(2048, 'count it once'), (2000, 'count it once'), (-1024., 'a sign'), (900, '900 is too low'), (1100, '1100 is too high'),
-    (float('nan'), 'not nan'), (True, 'not True'), (None, 'is a `return` missing'), ('1024', "not '1024'"), (torch.zeros(2), 'not a tensor [2]'), (lambda: 1024, 'not a function')])
+    (float('nan'), 'not nan'), (True, 'not True'), (None, 'is a `return` missing'), ('1024', "not '1024'"),
+    (torch.zeros(2), 'not a tensor [2]'), (lambda: 1024, 'not a function')])
 def test_a_wrong_guess_is_named_and_the_number_not_given_away(guess, x, says):
     with pytest.raises(AssertionError) as e: guess(x)
     assert says in str(e.value) and '\n' not in str(e.value) and ('1024' in repr(x) or '1024' not in str(e.value))
