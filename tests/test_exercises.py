@@ -17,11 +17,11 @@ MISTAKES = [(name, says) for name,ex in EXERCISES.items() for says in ex.wrong]
 def handed_in(f, name): return f if EXERCISES[name].within is None else f()     # a function, or the number that it computes
 
 def cells(nb, kind): return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
+def in_order(nb): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(nb.read_text(encoding='utf-8'))['cells']]
 def section(nb): return next((t.partition('## Exercises')[2].partition('\n## ')[0] for t in cells(nb, 'markdown') if '## Exercises' in t), '')
 
 SECTIONS = {nb.stem: section(nb) for nb in sorted(NBS.glob('[!s]*/[0-9]*.ipynb')) if section(nb)}
 SOLUTIONS = sorted((NBS/'solutions').glob('*.ipynb'))
-ASKED = {name: (stem, text) for stem,text in SECTIONS.items() for name in re.findall(r"^check\('(\w+)', \w+\)$", text, flags=re.M)}
 
 # ---------------------------------------------------------------- each exercise
 
@@ -280,23 +280,50 @@ def test_every_exercise_is_asked_and_solved_once():
     solved = [n for nb in SOLUTIONS for c in cells(nb, 'code') for n in re.findall(r"^check\('(\w+)'", c, flags=re.M)]
     assert sorted(solved)==sorted(EXERCISES)
 
+FIRST = {nb.stem for nb in NBS.glob('1_*/*.ipynb')}     # the part whose exercises differ in kind
+KINDS = [r'predict|guess', r'change|measure|swap|instead', r'paper|report|arxiv\.org']
+
+def asked(text): return re.split(r'^\*\*\d\. ', text, flags=re.M)[1:]
+
 @pytest.mark.parametrize('stem', SECTIONS)
 def test_exercises_look_alike(stem):
-    "Two to four a chapter; each with a title, five dots, minutes, and where there is a check, a specification and a hint that is folded"
+    "Each with a title, five dots, minutes; where there is a check of a function, a specification and a hint that is folded"
     text = SECTIONS[stem]
-    parts = re.split(r'^\*\*\d\. ', text, flags=re.M)[1:]
-    assert 2<=len(parts)<=4
+    parts = asked(text)
+    assert len(parts)==3 if stem in FIRST else 2<=len(parts)<=4
     for i,part in enumerate(parts, 1):
         assert re.match(r'[^*\n]+\*\* ([●○]{5}) · \d+ minutes\n\n', part), part[:80]
         dots = re.search('[●○]{5}', part)[0]
         assert '○●' not in dots and '●' in dots
-        if "\ncheck('" not in part: continue
-        assert re.search(r'```python\n(?:from|import|def|#)[^`]*\n```', part), f'{stem} {i}: no specification'
-        assert part.count('<details><summary>Hint</summary>\n\n')==part.count('\n\n</details>')==1
-        name = re.search(r"^check\('(\w+)', (\w+)\)$", part, flags=re.M)
-        assert f'def {name[2]}(' in part and name[2].startswith('my_')
+        for name,mine in re.findall(r"^check\('(\w+)', (\w+)\)$", part, flags=re.M):
+            assert mine.startswith('my_')
+            if name in NUMBERS: assert re.search(rf'^{mine} = ', part, flags=re.M), f'{stem} {i}: no place for the number'
+            else:
+                assert f'def {mine}(' in part
+                assert re.search(r'```python\n(?:from|import|def|#)[^`]*\n```', part), f'{stem} {i}: no specification'
+                assert part.count('<details><summary>Hint</summary>\n\n')==part.count('\n\n</details>')==1
         for spec in re.findall(r'```python\n(.*?)```', part, flags=re.S): ast.parse(spec)
-    if "\ncheck('" in text: assert text.count('from nanowhale.course.exercises import check')==1 and re.search(r'\]\(\.\./solutions/\w+\.ipynb\)', text)
+    if "\ncheck('" in text: assert text.count('from nanowhale.course.exercises import check')==1
+    assert f'](../solutions/{stem}.ipynb)' in text, 'no way to the answers'
+
+@pytest.mark.parametrize('stem', sorted(FIRST & set(SECTIONS)))
+def test_three_exercises_differ_in_kind(stem):
+    "Predict a number; change a part and measure; a question on the paper"
+    for part,kind in zip(asked(SECTIONS[stem]), KINDS): assert re.search(kind, part, flags=re.I), (part[:40], kind)
+
+@pytest.mark.parametrize('stem', SECTIONS)
+def test_every_exercise_has_an_answer(stem):
+    "A heading each in the chapter's own solutions, in the same order; below it a check where the exercise has one, and code or an answer in words"
+    text = '\n'.join(t if kind=='markdown' else f'```python\n{t}\n```' for kind,t in in_order(NBS/'solutions'/f'{stem}.ipynb'))
+    answers = re.split(r'^## (\d)\. .*$', text, flags=re.M)
+    assert answers[1::2]==[str(i) for i,_ in enumerate(asked(SECTIONS[stem]), 1)]
+    for part,answered in zip(asked(SECTIONS[stem]), answers[2::2]):
+        checks = r"^check\('(\w+)'"
+        assert re.findall(checks, answered, flags=re.M)==re.findall(checks, part, flags=re.M), part[:40]
+        words = len(re.sub(r'```.*?```', '', answered, flags=re.S).split())
+        assert words>=15 or '```' in answered, f'no answer: {part[:40]}'
+
+def test_no_solutions_without_a_chapter(): assert {nb.stem for nb in SOLUTIONS}<=set(SECTIONS)
 
 def test_solutions_do_not_call_what_they_solve():
     "A solution that returns the course's function proves nothing"
