@@ -185,8 +185,9 @@ def _ring(n, size):
 
 @exercise('ring', _ring)
 def _rings(more):
-    size = 5+more
-    return [(n, size) for n in (between(1, size), size, between(size+1, 2*size), between(2*size+1, 3*size))]
+    size = between(5, 40)+more
+    lengths = between(1, size), size, between(size+1, 2*size), between(2*size+1, 3*size)
+    return [(n, size) for n in lengths]
 
 @mistake('ring', 'in a ring nothing moves: '
     'position p stays in slot p modulo the size, you sorted by position')
@@ -233,7 +234,7 @@ def _visible_early(T, m, early):
 @exercise('visible', _visible)
 def _blocks_in_a_row(more):
     m = 3+more
-    return [(m*between(3, 6)+2, m), (m*between(2, 4), m)]
+    return [(m*between(3, 30)+2, m), (m*between(2, 30), m)]
 
 @mistake('visible',
     'a leak: the query sees a block that has begun, but not ended, and so tokens after itself')

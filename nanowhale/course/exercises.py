@@ -128,8 +128,8 @@ def _rates(steps, warmup, decay, final):
 
 @exercise('rates', _rates)
 def _two_schedules(more):
-    steps = between(18, 30)+more
-    return [(steps, 4+more, 0.5, 0.1), (steps-4, 3+more, 0.9, between(2, 5)/10)]
+    steps = between(18, 60)+more
+    return [(steps, 4+more, 0.5, 0.1), (steps-4, 3+more, 0.9, uniform(0.2, 0.5))]
 
 @mistake('rates',
     'the first step must not be wasted: step s of the warmup has the rate (s+1)/warmup')
@@ -530,7 +530,7 @@ def _flops(shapes, k, B, T, each=6, embed=False, every=False, vectors=False):
 @exercise('step_flops', _flops)
 def _shapes(more):
     shapes = {name: tuple(n+more for n in shape) for name,shape in _SHAPES.items()}
-    return [(shapes, 2+more, 3+more, between(9, 15)), (shapes, 1+more, 1+more, between(5, 9))]
+    return [(shapes, 2+more, 3+more, between(9, 99)), (shapes, 1+more, 1+more, between(5, 99))]
 
 @mistake('step_flops', 'a multiply-add is two operations')
 def _one_operation(*args): return _flops(*args, each=3)
