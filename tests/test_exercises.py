@@ -51,13 +51,9 @@ def softmax_weights(scores, bias, k, scale):
 
 OTHERS = dict(   # what people write, by other means than the list of mistakes: name -> function, a part of what it must be told
     full_turns=(lambda W, R, theta: sum(W*theta**(-2*i/R)>=1 for i in range(R//2)), '2 pi'),
-    ring=(lambda n, size: torch.tensor(list(range(n))[-size:]), 'nothing moves'),
     attend_sdpa=(sdpa, 'sink is missing'),
-    visible=(lambda T, m: torch.arange(0, T//m*m, m)<=torch.arange(T)[:,None], 'has begun, but not ended'),
     route=(softmax_weights, 'the bias only chooses'),
     mix=(lambda post, comb, X, y: post[...,None]*y[...,None,:]+comb@X, 'target index'),
-    shift=(lambda labels, by, docs: F.pad(labels, (0,by), value=-100)[:,by:], 'another document'),
-    packed=(lambda whale, texts: whale(torch.cat(texts)[None]).logits[0].split([len(t) for t in texts]), 'see each other'),
     encode_word=(lambda word, merges: functools.reduce(lambda s, m: re.sub(' '.join(m), ''.join(m), s), merges, ' '.join(word)).split(), 'two whole pieces'),
     orthogonal=(lambda G: G/G.norm(), 'every direction'),
     adamw=(adam, 'went into the gradient'),
@@ -226,9 +222,8 @@ def test_what_an_exercise_names_may_be_used():
     def prefill(whale, ids, n): return whale(ids[:,:n]).logits
     assert borrowed(EXERCISES['prefill'], prefill) is None
 
-def test_all_at_once_where_pieces_are_asked_for_and_the_other_way_round():
+def test_all_at_once_where_pieces_are_asked_for():
     assert 'a pass of 13 tokens' in verdict('prefill', lambda whale, ids, n: whale(ids).logits)
-    assert 'in one pass' in verdict('packed', lambda whale, texts: [whale(t[None]).logits[0] for t in texts])
 
 def test_a_profiler_that_was_there_stays(monkeypatch):
     import sys
@@ -270,7 +265,7 @@ def test_guesses_lie_apart(name):
 def test_a_wrong_name_and_no_function():
     with pytest.raises(ValueError, match='do you mean mix'): check('mixx', abs)
     with pytest.raises(AssertionError, match='pass the function itself, not a tensor'): check('mix', torch.zeros(2))
-    assert answer('ring', 13, 5).tolist()==[10, 11, 12, 8, 9]
+    assert answer('lookup', [1,2,3,1,2,4,5,1,2], 2, 2)==[4, 5]
 
 # ---------------------------------------------------------------- the chapters and the solutions
 
