@@ -155,6 +155,14 @@ def test_exported_code_fits_in_a_hundred_columns(nb):
     wide = [line for c in cells if re.match(r'#\|\s*export', c) for line in c.splitlines() if len(line)>WIDE]
     assert not wide, f'{nb.name}: {wide[0]}'
 
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_figure_is_told_in_words(nb):
+    "`#| fig-alt: ...` among the first lines, for those who do not see it"
+    cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    drawn = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c['outputs'])]
+    silent = [text for text in drawn if not re.search(r'^#\|\s*fig-alt: .{30}', text, flags=re.M)]
+    assert not silent, f'{nb.name}: {silent[0][:80]}'
+
 @pytest.mark.parametrize('module', [m for m in MODULES if m.parent.name=='model'], ids=dotted)
 def test_the_model_is_plain(module):
     "No kernel, compiler flag, device test or file, and nothing of the other packages: `fast`, `train` and `generate` come after it"

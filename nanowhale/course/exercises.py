@@ -8,7 +8,7 @@ __all__ = ['MERGES']
 # %% ../../nbs/appendix/95_exercises.ipynb #1aac739e
 import math
 import torch, torch.nn.functional as F
-from ..model.whale import Whale
+from ..model.whale import Whale, WhaleOutput
 from ..train.data import pack
 from ..train.optim import schedule
 from ..train.evaluate import bits_per_byte
@@ -16,7 +16,7 @@ from ..generate.cache import Cache
 from ..generate.speculate import residual
 from .checker import exercise, mistake
 from .checker import answer, check  # noqa: F401  for readers to import from here
-from .exercise_model import randn, rough, small
+from .exercise_model import between, randn, rough, small, uniform
 
 # %% ../../nbs/appendix/95_exercises.ipynb #0c31797c
 def _slices(x, starts, width, fill):
@@ -32,7 +32,9 @@ def _packed(docs, context, pad, step=None, padding=-1):
     return dict(input_ids=rows, docs=_slices(owner, starts, context+1, padding))
 
 @exercise('pack', pack)
-def _documents(): return [([[0,5,6,1], [0,7,1], [0,8,9,4,1]], 5, 1), ([[0,3,1]], 4, 1)]
+def _documents(more):
+    def doc(n): return [0, *torch.randint(2, 99, (n,)).tolist(), 1]
+    return [([doc(2+more), doc(1), doc(3+more)], 5+more, 1), ([doc(1)], 4+more, between(2, 9))]
 
 @mistake('pack',
     'rows must share one token: without it the first token of each row is never a target')
@@ -63,7 +65,9 @@ def _fit(lengths, size, last=False, best=False, slack=0):
     return chosen
 
 @exercise('first_fit', _fit)
-def _lengths(): return [([7,5,2,3,6,1,4,2], 10), ([4,4,2,5,1], 6)]
+def _lengths(more):
+    def lengths(n, most): return torch.randint(1, most, (n+more,)).tolist()
+    return [(lengths(12, 8), 10+more), (lengths(9, 6), 7+more)]
 
 @mistake('first_fit', 'you looked at the last row only: try all rows, from the first on')
 def _last_row_only(lengths, size): return _fit(lengths, size, last=True)
@@ -88,7 +92,9 @@ def _merged(word, merges, once=False, at=0):
     return parts
 
 @exercise('encode_word', _merged)
-def _words(): return [(word, MERGES) for word in ('banana', 'ananas', 'naanaaab', 'bnanab', 'aaab')]
+def _words(more):
+    others = [''.join('abn'[i] for i in torch.randint(0, 3, (9+more,))) for _ in range(4)]
+    return [(word, MERGES) for word in ('banana', 'ananas', 'naanaaab', 'bnanab', 'aaab', *others)]
 
 @mistake('encode_word', 'merge every place where the pair stands, not the first one only')
 def _first_place_only(word, merges): return _merged(word, merges, once=True)
@@ -121,7 +127,9 @@ def _rates(steps, warmup, decay, final):
     return torch.tensor([schedule(s, steps, warmup, decay, final) for s in range(steps)])
 
 @exercise('rates', _rates)
-def _two_schedules(): return [(20, 4, 0.5, 0.1), (15, 3, 0.9, 0.2)]
+def _two_schedules(more):
+    steps = between(18, 60)+more
+    return [(steps, 4+more, 0.5, 0.1), (steps-4, 3+more, 0.9, uniform(0.2, 0.5))]
 
 @mistake('rates',
     'the first step must not be wasted: step s of the warmup has the rate (s+1)/warmup')
@@ -142,7 +150,8 @@ def _orthogonal(G):
     return U@Vh
 
 @exercise('orthogonal', _orthogonal)
-def _tall_wide_square(): return [(randn(5, 3),), (randn(3, 5),), (randn(4, 4),)]
+def _tall_wide_square(more):
+    return [(randn(n+more, m+more),) for n,m in ((5, 3), (3, 5), (4, 4))]
 
 @mistake('orthogonal', 'that is G again: leave out the singular values')
 def _the_same(G): return G.clone()
@@ -167,11 +176,12 @@ def _adamw(p, g, m, v, t, lr, b1, b2, eps, wd, l2=False, biased=False, eps_insid
     return kept-lr*mean/root, m, v
 
 @exercise('adamw', _adamw)
-def _two_steps():
+def _two_steps(more):
     def step(t):
-        tensors = randn(3, 4), randn(3, 4), 0.1*randn(3, 4), torch.rand(3, 4)
-        return (*tensors, t, 0.1, 0.9, 0.95, 0.01, 0.1)
-    return [step(1), step(7)]
+        p,g,m,v = randn(4, 3+more, 4+more)
+        lr,b1,b2,eps,wd = (uniform(0.05, 0.2) for _ in range(5))
+        return p, g, 0.1*m, v**2, t, lr, 1-b1, 1-b2, eps, wd
+    return [step(1), step(7+more)]
 
 @mistake('adamw',
     'weight decay went into the gradient, where v divides it away: shrink the weights directly')
@@ -192,7 +202,9 @@ def _weighted_sum(grads, counts): return sum(g*n for g,n in zip(grads, counts))
 def _combined(grads, counts): return _weighted_sum(grads, counts)/sum(counts)
 
 @exercise('combine', _combined)
-def _three_processes(): return [([randn(3, 2) for _ in range(3)], [4, 1, 7])]
+def _three_processes(more):
+    shape = 3+more, 2+more
+    return [([randn(shape) for _ in range(3+more)], [4, 1, *torch.randint(5, 9, (1+more,)).tolist()])]
 
 @mistake('combine',
     'a plain mean: a process with few targets would count as much as one with many')
@@ -216,11 +228,12 @@ def _step_loss(batches):
     return sum(sums)/sum(counts)
 
 @exercise('step_loss', _step_loss)
-def _uneven_batches():
+def _uneven_batches(more):
+    V = 5+more
     def batch(n):
-        logits = randn(n, 5).requires_grad_()
-        return logits, torch.randint(0, 5, (n,)).where(torch.rand(n)<0.6, -100)
-    return [([batch(4), batch(9), batch(6)],)]
+        logits = randn(n, V).requires_grad_()
+        return logits, torch.randint(0, V, (n,)).where(torch.rand(n)<0.6, -100)
+    return [([batch(n+more) for n in (4, 9, 6)],)]
 
 @mistake('step_loss', 'a mean of means: a batch with few targets counts as much as one with many')
 def _mean_of_means(batches): return sum(_means(batches))/len(batches)
@@ -240,8 +253,9 @@ def _shrunk(grads, factor): return [g*factor for g in grads]
 def _clipped(grads, most): return _shrunk(grads, min(1, most/math.hypot(*_norms(grads))))
 
 @exercise('clip', _clipped)
-def _large_and_small_gradients():
-    return [([randn(3, 4), 0.1*randn(5)], 1.), ([0.1*randn(3, 4), 0.1*randn(5)], 1.)]
+def _large_and_small_gradients(more):
+    def grads(scale): return [scale*randn(3+more, 4+more), 0.1*randn(5+more)]
+    return [(grads(1.), uniform(0.5, 1)), (grads(0.1), uniform(1, 2))]
 
 @mistake('clip',
     'the norm is that of all gradients together: one by one, their proportions change')
@@ -269,7 +283,7 @@ def _neighbour(x, up):
 def _rounded(x, u): return _neighbour(x, u<_way(x))
 
 @exercise('stochastic_round', _rounded)
-def _numbers_and_chances(): return [(randn(40), torch.rand(40))]
+def _numbers_and_chances(more): return [(randn(40+more), torch.rand(40+more))]
 
 @mistake('stochastic_round',
     'that is the nearest neighbour: the mean over many roundings must be x')
@@ -302,7 +316,7 @@ def _kept(logits, mass, distance, crossing=True):
 def _typical(logits, mass): return _kept(logits, mass, _distance(logits))
 
 @exercise('keep_typical', _typical)
-def _two_masses(): return [(2*randn(4, 9), mass) for mass in (0.3, 0.7)]
+def _two_masses(more): return [(2*randn(4+more, 9+more), mass) for mass in (0.3, 0.7)]
 
 @mistake('keep_typical',
     'that is top-p: order by the distance of the surprise from the entropy, not by probability')
@@ -326,7 +340,9 @@ def _mean_over_vocabulary(logits, mass):
 def _gumbel(logits, u): return (logits-(-u.log()).log()).argmax(-1)
 
 @exercise('gumbel', _gumbel)
-def _logits_and_chances(): return [(randn(30, 7), torch.rand(30, 7))]
+def _logits_and_chances(more):
+    sizes = 30+more, 7+more
+    return [(randn(sizes), torch.rand(sizes))]
 
 @mistake('gumbel', 'the noise has the wrong sign: add -ln(-ln u)')
 def _noise_subtracted(logits, u): return (logits+(-u.log()).log()).argmax(-1)
@@ -338,8 +354,6 @@ def _one_logarithm(logits, u): return (logits-u.log()).argmax(-1)
 def _noise_on_probabilities(logits, u): return _gumbel(logits.softmax(-1), u)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #8fc813ee
-def _full_forward(whale, ids, n): return whale(ids).logits
-
 def _in_pieces(whale, ids, n, fresh=False, again=0):
     "Logits from passes of `n` tokens; each with a `fresh` cache, or with old tokens `again`"
     cache = Cache(whale.cfg)
@@ -350,10 +364,15 @@ def _in_pieces(whale, ids, n, fresh=False, again=0):
         out.append(logits[:,-ids[:,a:a+n].shape[1]:])
     return torch.cat(out, 1)
 
-@exercise('prefill', _full_forward)
-def _a_prompt():
-    def case(n): return rough(Whale(small())), torch.randint(0, 23, (2, 13)), n
-    return [case(4), case(13), case(3)]
+@exercise('prefill', _in_pieces, uses=(Whale, WhaleOutput, Cache))
+def _a_prompt(more):
+    def case(n, T=13+more):
+        whale = rough(Whale(small()))
+        def few_tokens(whale, args):      # one too many has a sentence of its own
+            if args[0].shape[1]>n+1: raise ValueError(f'a pass of {args[0].shape[1]} tokens')
+        whale.register_forward_pre_hook(few_tokens)
+        return whale, torch.randint(0, 23, (2+more, T)), n
+    return [case(4), case(13+more), case(2)]
 
 @mistake('prefill', 'one cache for the whole prompt: '
     'a new one for each pass forgets what came before')
@@ -367,7 +386,9 @@ def _last_piece_missing(whale, ids, n): return _in_pieces(whale, ids[:,:ids.shap
 
 # %% ../../nbs/appendix/95_exercises.ipynb #850d3104
 @exercise('residual', residual)
-def _two_distributions(): return [(randn(3, 6).softmax(-1), randn(3, 6).softmax(-1))]
+def _two_distributions(more):
+    p,q = randn(2, 3+more, 6+more).softmax(-1)
+    return [(p, q)]
 
 @mistake('residual', 'a probability cannot be negative: '
     'where the drafter gave more than the model wants, the rest is 0')
@@ -392,9 +413,11 @@ def _lookup(ids, k, n, newest=True):
     return []
 
 @exercise('lookup', _lookup)
-def _token_lists():
-    return [([1,2,3,1,2,4,5,1,2], 2, 2), ([1,2,3], 2, 2),
-        ([1,2,3,4,2,3,5,2,3], 2, 4), ([7,7,7,7], 2, 2)]
+def _token_lists(more):
+    names = torch.randperm(9).tolist()
+    lists = [([1,2,3,1,2,4,5,1,2], 2, 2), ([1,2,3], 2, 2), ([1,2,3,4,2,3,5,2,3], 2, 4),
+        ([5,1,2,3,6,2,3,4,1,2,3], 3, 2), ([7,7,7,7], 2, 2)]
+    return [([9]*more+[names[i] for i in ids], k, n+more) for ids,k,n in lists]
 
 @mistake('lookup', 'the latest earlier place is the best guess: you took the first')
 def _first_place(*args): return _lookup(*args, newest=False)
@@ -421,7 +444,8 @@ def _bits(p, cost=_cost, learn=torch.mul):
     return bits
 
 @exercise('mixture', _bits)
-def _probabilities(): return [(torch.rand(3, 12).double(),), (torch.rand(2, 7).double(),)]
+def _probabilities(more):
+    return [(torch.rand(n+more, T+more).double(),) for n,T in ((3, 12), (2, 7))]
 
 @mistake('mixture', 'you peeked: weights may change only after the symbol was paid for')
 def _peeked(p):
@@ -450,9 +474,10 @@ def _nats_of(logits, labels, reduction='sum'):
 def _text_bits(logits, labels, n_bytes): return bits_per_byte(_nats_of(logits, labels), n_bytes)
 
 @exercise('bits_per_byte', _text_bits)
-def _logits_and_labels():
-    logits,labels = randn(2, 5, 6), torch.randint(0, 6, (2, 5))
-    return [(logits, labels.where(torch.rand(2, 5)<0.7, -100), 37)]
+def _logits_and_labels(more):
+    B,T,V = 2+more, 5+more, 6+more
+    labels = torch.randint(0, V, (B, T)).where(torch.rand(B, T)<0.7, -100)
+    return [(randn(B, T, V), labels, between(30, 60))]
 
 @mistake('bits_per_byte',
     'sum over the tokens, then divide by the bytes: you divided by the tokens as well')
@@ -472,8 +497,9 @@ def _labels(ids, wanted): return [i if w else -100 for i,w in zip(ids, wanted)]
 def _answers(ids, who): return _labels(ids, [w==2 for w in who])
 
 @exercise('answer_labels', _answers)
-def _a_conversation():
-    return [([0,5,6,7,1,8,9,1,5,4,1,8,3,3,1], [0,0,1,1,1,0,2,2,0,1,1,0,2,2,2])]
+def _a_conversation(more):
+    who = [0,0,1,1,1,0,2,2,0,1,1,0,2,2,2]*(1+more)
+    return [(torch.randint(0, 9, (len(who),)).tolist(), who)]
 
 @mistake('answer_labels',
     'that trains the whale to ask as well: only tokens of the assistant are targets')
@@ -502,7 +528,9 @@ def _flops(shapes, k, B, T, each=6, embed=False, every=False, vectors=False):
     return each*B*T*total
 
 @exercise('step_flops', _flops)
-def _shapes(): return [(_SHAPES, 2, 3, 11), (_SHAPES, 1, 1, 7)]
+def _shapes(more):
+    shapes = {name: tuple(n+more for n in shape) for name,shape in _SHAPES.items()}
+    return [(shapes, 2+more, 3+more, between(9, 99)), (shapes, 1+more, 1+more, between(5, 99))]
 
 @mistake('step_flops', 'a multiply-add is two operations')
 def _one_operation(*args): return _flops(*args, each=3)
@@ -535,7 +563,9 @@ def _seconds(n, slow):
     return (1+torch.rand(n)/5).index_fill(0, torch.tensor([0, slow]), 4.)
 
 @exercise('speedup', _speedup)
-def _rounds(): return [(_seconds(7, 3), 2*_seconds(7, 5)), (_seconds(6, 2), 3*_seconds(6, 2))]
+def _rounds(more):
+    m,n = 7+2*more, 6+2*more
+    return [(_seconds(m, 3), 2*_seconds(m, 5)), (_seconds(n, 2), 3*_seconds(n, 2))]
 
 @mistake('speedup', 'the other way round: seconds of theirs stand above those of ours')
 def _slowdown(ours, theirs): return _speedup(theirs, ours)
@@ -564,11 +594,12 @@ def _keys(scores, mask):
 def _sink_share(scores, sinks, mask): return (sinks-_keys(scores, mask)).sigmoid().mean((0, 1))
 
 @exercise('sink_share', _sink_share)
-def _scores_and_sinks():
+def _scores_and_sinks(more):
+    B,T,H,S = 2+more, 5+more, 3+more, 4+more
     def case():
-        scores,sinks = 2*randn(2, 5, 3, 4), randn(3)
-        mask = torch.rand(2, 5, 4)<.6
-        return scores, sinks, mask | (torch.arange(4)==1)          # each query sees a key
+        scores,sinks = 2*randn(B, T, H, S), randn(H)
+        mask = torch.rand(B, T, S)<.6
+        return scores, sinks, mask | (torch.arange(S)==1)          # each query sees a key
     return [case(), case()]
 
 @mistake('sink_share',
@@ -590,7 +621,7 @@ def _share_of_sums(scores, sinks, mask): return 1/(1+(_keys(scores, mask)-sinks)
 def _chain(combs): return torch.linalg.multi_dot(combs.unbind())
 
 @exercise('streams_left', _chain)
-def _mixes(): return [((2*randn(n, 3, 3)).softmax(-1),) for n in (6, 3)]
+def _mixes(more): return [((2*randn(n+more, 3+more, 3+more)).softmax(-1),) for n in (6, 3)]
 
 @mistake('streams_left', 'the first mix comes first: a row of sources meets it at its left')
 def _last_mix_first(combs): return _chain(combs.flip(0))
@@ -619,9 +650,9 @@ def _hits(mtp, came, on, places=None):
 def _guessed(mtp, ids, docs): return _hits(mtp, _later(ids), _in_document(docs, _later(docs)))
 
 @exercise('second_guess', _guessed)
-def _two_batches():
-    docs = torch.tensor([[0]*6+[1]*7, [-1]*6+[0]*7, [0]*4+[1]*4+[0]*5])
-    def batch(): return randn(3, 13, 3), torch.randint(0, 3, (3, 13)), docs
+def _two_batches(more):
+    docs = torch.tensor([[0]*6+[1]*7, [-1]*6+[0]*7, [0]*4+[1]*4+[0]*5]).repeat_interleave(1+more, 1)
+    def batch(): return randn(*docs.shape, 3), torch.randint(0, 3, docs.shape), docs
     return [batch(), batch()]
 
 @mistake('second_guess', 'token t+1 is what the block was told: at t it speaks of token t+2')
