@@ -299,7 +299,7 @@ def borrowed(
     ex:Exercise,
     f:Callable,   # the reader's function
 ) -> str|None:
-    "A sentence on a function of the package that the reader's calls and may not; None: there is none"
+    "What to tell a reader whose function calls one of the package that it may not; None: nothing"
     watch = Watch((*ex.uses, ex.calls))    # arguments may be functions: those are free
     for args in map(copied, drawn(ex, more=1)):
         before = sys.getprofile()

@@ -204,7 +204,8 @@ def _combined(grads, counts): return _weighted_sum(grads, counts)/sum(counts)
 @exercise('combine', _combined)
 def _three_processes(more):
     shape = 3+more, 2+more
-    return [([randn(shape) for _ in range(3+more)], [4, 1, *torch.randint(5, 9, (1+more,)).tolist()])]
+    numbers = [4, 1, *torch.randint(5, 9, (1+more,)).tolist()]
+    return [([randn(shape) for _ in range(3+more)], numbers)]
 
 @mistake('combine',
     'a plain mean: a process with few targets would count as much as one with many')

@@ -98,7 +98,7 @@ def holm(
 
 # %% ../../nbs/5_evidence/40_compare.ipynb #9e261634
 def commit()->str:
-    "Of the checkout that the package lies in, marked if it has changes; its version where there is none"
+    "Of the checkout with the package, marked if it has changes; without one, the version"
     root = Path(__path__[0]).parent
     if not (root/'.git').exists(): return __version__
     command = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
