@@ -8,8 +8,6 @@ __all__ = ['SCORING', 'OWN', 'MAX_ITERS', 'reject', 'check_kind', 'number_fields
 
 # %% ../nbs/appendix/89_validate.ipynb #8b0eb49b
 from dataclasses import fields
-import torch
-from torch import Tensor
 
 # %% ../nbs/appendix/89_validate.ipynb #500fba75
 def reject(field, value, rule):
@@ -112,18 +110,19 @@ def settle(
 
 # %% ../nbs/appendix/89_validate.ipynb #784b1a17
 def check_batch(
-    V:int,                    # vocabulary size
-    input_ids:Tensor,         # [B,T]
-    labels:Tensor|None=None,  # [B,T]
-    docs:Tensor|None=None,    # [B,T]
-    values:bool=True,         # look at the numbers, too?
+    V:int,             # vocabulary size
+    input_ids,         # tensor [B,T]
+    labels=None,       # tensor [B,T], or None
+    docs=None,         # tensor [B,T], or None
+    values:bool=True,  # look at the numbers, too?
 ):
     "One clear `ValueError` for a batch that would fail deep inside the model, or pass silently"
+    import torch   # only here: the options of a command are looked at without it
     for name,x in dict(input_ids=input_ids, labels=labels, docs=docs).items():
         if x is None and name!='input_ids': continue
         def need(ok, what):
             if not ok: raise ValueError(f'{name}: {what}')
-        need(isinstance(x, Tensor), f'need a tensor, got {type(x).__name__}')
+        need(isinstance(x, torch.Tensor), f'need a tensor, got {type(x).__name__}')
         need(x.dtype in (torch.int64,torch.int32), f'need whole numbers (int64), got {x.dtype}')
         need(x.ndim==2, f'need the shape [batch, time], got {list(x.shape)}')
         need(x.shape==input_ids.shape,

@@ -1,5 +1,6 @@
 """The ladder from a plain transformer to a whale: both ends, one change a step, its costs, and runs that can be repeated."""
 import pytest, torch
+from functools import partial
 from torch.utils.flop_counter import FlopCounterMode
 from nanowhale.fast.kernels import use
 from nanowhale.lab import ladder
@@ -15,8 +16,9 @@ ids = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    "Little held-out text: these tests do not ask how well anything learns"
-    monkeypatch.setattr(ladder.held_out_bits, '__defaults__', (20,))
+    "Little held-out text and few bytes written: these tests do not ask how well anything learns"
+    monkeypatch.setattr(ladder, 'held_out_bits', partial(ladder.held_out_bits, rows=20))
+    monkeypatch.setattr(ladder, 'written', partial(ladder.written, n=5))
 
 def test_the_lowest_rung_is_the_plain_transformer_gradients_included():
     low,plain = build('plain', 3).double(), PlainTransformer(BOTTOM).double()

@@ -94,7 +94,7 @@ def test_links_between_notebooks_live(nb):
 
 def test_notebooks_leave_nothing_behind():
     "After nbdev_test, which runs them in nbs/: what a notebook writes belongs in a temporary folder"
-    known = ('.ipynb_checkpoints', '.last_checked')
+    known = ('.ipynb_checkpoints', '.last_checked', '.notest')
     folders = [ROOT/'nbs', *{nb.parent for nb in NOTEBOOKS}]
     parts = [*folders, ROOT/'nbs/images', ROOT/'nbs/site']
     left = sorted(p.name for f in folders for p in f.iterdir() if p.suffix!='.ipynb' and p not in parts and p.name not in known)

@@ -90,7 +90,7 @@ MUTANTS = [   # module, old text, new text
     ('model.whale', 'hc_head|sinks|', 'hc_head|'),
     ('model.whale', "'hc_scale'): p.fill_(1)", "'hc_scale'): p.fill_(0)"),
     ('model.whale', 'targets = shift_labels(labels, 2, docs)', 'targets = shift_labels(labels, 1, docs)'),
-    ('model.whale', 'next_embeddings(e, docs), *view', 'next_embeddings(e), *view'),
+    ('model.whale', 'next_embeddings(e, docs), *seen', 'next_embeddings(e), *seen'),
     ('model.whale', 'torch.stack(learn).mean()', 'torch.stack(learn).sum()'),
     ('model.whale', ').sum(),', ').mean(),'),
     ('model.whale', 't.dtype.itemsize<min(4, kept', 't.dtype.itemsize>min(4, kept'),
