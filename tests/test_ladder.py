@@ -1,6 +1,6 @@
 """The ladder from a plain transformer to a whale: both ends, one change a step, its costs, and runs that can be repeated."""
-import pytest, torch
 from functools import partial
+import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
 from nanowhale.fast.kernels import use
 from nanowhale.lab import ladder
