@@ -21,12 +21,18 @@ def pytest_addoption(parser):
     parser.addoption('--used-out', metavar='FILE', help='with --used: the whole list as JSON')
 
 def pytest_configure(config):
+    if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False   # in the order below
     if config.getoption('used'):
         import used
         config.pluginmanager.register(used.Plugin(config), 'used')
     for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')
 
+SLOWEST = 'parallel bench graph checkpoint run cli hub chat speculate whale stream'.split()   # files that take a minute or so
+
 def pytest_collection_modifyitems(config, items):
+    """Slow files first: with several processes, the last ones to be handed out are then short"""
+    first = {f'test_{name}': i for i,name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
     for item in items:
         for flag in set(FLAGS)-set(config.getoption('--flags').split()):
             if flag in item.keywords: item.add_marker(pytest.mark.skip(reason=f'needs --flags {flag}'))
