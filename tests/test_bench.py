@@ -4,13 +4,15 @@ import pytest, torch
 from nanowhale.fast.bench import (add_to, alternate, bench, decode_rate, make_sides,
     profile_step, table, token_bytes)
 from nanowhale.presets import tiny, tiny_v4
+from nanowhale.train.loop import hardware
 from nanowhale.fast.graph import Decoder
 
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_all_of_it(dtype, tmp_path, capsys):
     out = tmp_path/'bench.json'
-    for _ in range(2): res = bench('tiny', 1, 32, dtype, max_new_tokens=3, repeats=1, device='cpu', profile=dtype=='fp32', out=out)
-    assert json.loads(out.read_text())==[json.loads(json.dumps(res))]               # the second in place of the first
+    add_to(out, dict(preset='tiny', dtype=dtype, batch_size=1, context=32, hardware=hardware(torch.device('cpu')), old=True))
+    res = bench('tiny', 1, 32, dtype, max_new_tokens=3, repeats=1, device='cpu', profile=dtype=='fp32', out=out)
+    assert json.loads(out.read_text())==[json.loads(json.dumps(res))]               # in place of the older one of its kind
     assert capsys.readouterr().out.count(table(res))>=1
     names = {'nanowhale', 'transformers'}
     assert set(res['losses'])==set(res['memory'])==set(res['prefill'])==set(res['decoding'])==names and set(res['training'])==names|{'nanowhale with MTP'}
