@@ -103,7 +103,6 @@ def far_weights(q, far, lse, seen):
     p = far_sums(q, far, lse, seen)
     return p/p.sum(-1, keepdim=True).clamp(min=1e-20)
 
-# %% ../../nbs/1_architecture/07_compress.ipynb #ee0a3c4a
 def index_loss(scores, target, seen):   # [B,T,C] of indexer and attention; [B or 1,T,C]
     "Mean over the queries that saw an entry of KL(attention, indexer), nats (V3.2 eqs. 3-4)"
     seen = seen.expand_as(scores)

@@ -123,7 +123,6 @@ def run_experts(
         out = out.index_add(0, token, y*w[token,place,None])
     return out.to(x.dtype)
 
-# %% ../../nbs/1_architecture/08_moe.ipynb #09765fd7
 class Experts(nn.Module):
     "The routed experts, their matrices stacked"
     run = staticmethod(run_experts)

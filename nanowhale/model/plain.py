@@ -67,7 +67,6 @@ class PlainConfig:
     rms_norm_eps: float = 1e-6        # floor in the norms
     initializer_range: float = 0.02   # standard deviation of fresh matrices
 
-# %% ../../nbs/1_architecture/01_plain.ipynb #6803fb88
 class SwiGLU(nn.Module):
     "The feed-forward part: one half says how much of the other passes (Shazeer 2020)"
     def __init__(self, cfg):
@@ -118,7 +117,6 @@ class PlainBlock(nn.Module):
         x = x+self.self_attn(self.input_layernorm(x))
         return x+self.mlp(self.post_attention_layernorm(x))
 
-# %% ../../nbs/1_architecture/01_plain.ipynb #b5ad05f2
 class PlainTransformer(nn.Module):
     "From tokens to the scores of the token after each"
     def __init__(self, cfg):

@@ -86,7 +86,6 @@ def far_rope(cfg, pos):   # [T] or [B,T] positions -> cos, sin [T,R/2] or [B,T,R
     base = cfg.qk_rope_head_dim, cfg.compress_rope_theta
     return rope_cos_sin(pos, *base, cfg.yarn_factor, cfg.yarn_context)
 
-# %% ../../nbs/1_architecture/05_visibility.ipynb #d8269df7
 def make_blocks(
     cfg,                     # a `WhaleConfig`
     kind:str,                # of compressed attention
