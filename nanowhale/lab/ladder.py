@@ -217,7 +217,8 @@ def table(
         change = str(paired(losses[rung], losses[before])) if both else ''
         lines.append(f'{cost}{mean(found):11.3f}{spread:9}   {change}'.rstrip())
     n = max(map(len, losses.values()))
-    lines.append(f'{n} seeds, {steps} steps of 1,024 bytes; cache: bytes a token; [95 % interval]')
+    seeds = f'{n} seeds' if n>1 else '1 seed'
+    lines.append(f'{seeds}, {steps} steps of 1,024 bytes; cache: bytes a token; [95 % interval]')
     return '\n'.join(lines)
 
 def ladder(
