@@ -119,6 +119,12 @@ def test_the_table_ends_at_a_rung_and_takes_runs_of_one_length():
     assert [r.split()[0] for r in rows[1:-1]]==NAMES[:3] and '2.800 +- 0.000' in rows[3] and rows[-1].startswith('3 seeds, 5 steps')
     assert '1.800' in table(entries, 'attention', steps=9)
 
+def test_a_file_may_hold_figures_of_other_commands(tmp_path, monkeypatch, capsys):
+    path = tmp_path/'both.json'
+    path.write_text('[{"name": "dense", "pace": 1.2}, {"name": "base", "seed": 0, "steps": 60, "bits_per_byte": 5.0}]')
+    monkeypatch.setattr(ladder, 'run', lambda rung, seed, steps: dict(params=1, bits_per_byte=2., curve=[], text=''))
+    assert len(ladder.ladder('plain', 1, 5, path))==3 and capsys.readouterr().out.count('2.000')==1
+
 @pytest.mark.parametrize('words,says', [(dict(name='tail'), 'no rung .tail.: choose one of all, plain'), (dict(name='plain', seeds=0), 'seeds=0'),
     (dict(name='plain', steps=-1), 'steps=-1')])
 def test_mistakes_are_answered_before_anything_runs(words, says, tmp_path):

@@ -25,7 +25,7 @@ from ..train.data import embedded_corpus, is_held_out
 from ..train.optim import make_optimizers
 from ..train.recipe import get_recipe
 from ..train.step import train_step
-from ..train.evaluate import evaluating
+from ..train.evaluate import evaluate
 from ..generate.sample import whole_number
 from ..fast.kernels import use
 from ..fast.bench import read_entries
@@ -147,7 +147,6 @@ def batches(
         yield text[starts[:,None]+torch.arange(T+1)].long()
 
 # %% ../../nbs/5_evidence/41_ladder.ipynb #e6072a11
-@torch.no_grad()
 def held_out_bits(
     whale:Whale,    # its tokens are bytes
     rows:int=400,   # of 128 targets
@@ -155,9 +154,7 @@ def held_out_bits(
     "Cross-entropy on text that was held out"
     text = corpus()[1].long()
     ids = torch.stack([text[128*i:128*i+129] for i in range(rows)])
-    with evaluating(whale):
-        losses = [whale(part, labels=part).loss.item()*len(part) for part in ids.split(20)]
-    return sum(losses)/rows/math.log(2)
+    return evaluate(whale, dict(input_ids=ids), n_bytes=128*rows)['bits_per_byte']
 
 @torch.no_grad()
 def written(
@@ -202,6 +199,7 @@ def table(
     steps:int=None,   # runs of this length; None: the length that most of them have
 )->str:
     "What each rung costs and how well it learns, beside the rung below it"
+    entries = [r for r in entries if 'rung' in r]   # the file may hold figures of other commands
     steps = steps or Counter(r['steps'] for r in entries).most_common(1)[0][0]
     names = list(RUNGS)[:list(RUNGS).index(upto)+1]
     losses = {r: by_seed(entries, 'bits_per_byte', rung=r, steps=steps) for r in names}
