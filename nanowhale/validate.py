@@ -89,6 +89,7 @@ def rope_channels(c):   # a `WhaleConfig` as it was written
 def settle(
     c,             # a `WhaleConfig` as it was written; what has a second spelling is stored in one
     layers:dict,   # field -> the kinds of layer that there are, the default first
+    indexed:str,   # the kind of attention that has an indexer
 ):
     "Refuse what cannot be built, and leave one spelling of everything else"
     def store(f, v): object.__setattr__(c, f, v)
@@ -105,7 +106,7 @@ def settle(
         kinds = tuple(getattr(c, f) or ())
         store(f, kinds if set(kinds)-{known[0]} else None)
     R = c.qk_rope_head_dim
-    if any('sparse' in kind for kind in c.layer_types or ()) and c.index_head_dim<R:
+    if indexed in (c.layer_types or ()) and c.index_head_dim<R:
         reject('index_head_dim', c.index_head_dim, f'must be at least qk_rope_head_dim={R}')
 
 # %% ../nbs/appendix/89_validate.ipynb #784b1a17

@@ -64,7 +64,7 @@ class WhaleConfig:
     eos_token_id: int|tuple|None = 1           # ends a document; several: each of them does
     pad_token_id: int|None = None              # fills up a batch
 
-    def __post_init__(self): later('validate.settle')(self, LAYERS)
+    def __post_init__(self): later('validate.settle')(self, LAYERS, CSA)
 
     @property
     def kinds(self):
