@@ -97,16 +97,11 @@ def tune(args):
         hardware=runs[0]['hardware'])
     record('tuning', tables=earlier | {f'{args.recipe}: {args.field}': dict(command=' '.join(['tests/tools/measure.py', *sys.argv[1:]]), **one)})
 
-def processor():
-    "The processor's name, where the system tells"
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*: (.+)', info.read_text()) if info.exists() else None
-    return found and found[1]
-
 def pair(word): return tuple(map(float, word.split(',')))   # a speed and a weight, as typed
 
 def balance(args):
     "The default run with other speeds of the bias and other weights of the balance loss; each run is kept as soon as it has ended"
+    from nanowhale.lab.compare import processor
     path = ROOT/'results'/'balance.json'
     runs = json.loads(path.read_text())['runs'] if path.exists() else []
     where = dict(commit=provenance('')['commit'], processor=processor())
