@@ -27,7 +27,8 @@ def attend(
         mask = torch.cat([mask.expand(B, -1, -1), far_mask.expand(B, -1, -1)], -1)
     scores = upcast(torch.einsum('bthk,bsk->bths', q, kv))*q.shape[-1]**-0.5
     scores = scores.masked_fill(~mask[:,:,None], float('-inf'))
-    z = torch.cat([scores, sinks.to(scores.dtype)[:,None].expand(*q.shape[:3], 1)], -1)
+    sink = sinks.to(scores.dtype)[:,None].expand(*q.shape[:3], 1)
+    z = torch.cat([scores, sink], -1)
     o = torch.einsum('bths,bsk->bthk', z.softmax(-1)[...,:-1].to(kv.dtype), kv)
     return o, z.detach().logsumexp(-1)
 

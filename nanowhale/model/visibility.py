@@ -25,7 +25,8 @@ def window_mask(
     ago = q_pos[...,:,None]-k_pos[...,None,:]
     mask = ((ago>=0) & (ago<window))[None]
     if q_docs is None: return mask
-    return mask & (q_docs[...,:,None]==(q_docs if k_docs is None else k_docs)[...,None,:])
+    if k_docs is None: k_docs = q_docs
+    return mask & (q_docs[...,:,None]==k_docs[...,None,:])
 
 # %% ../../nbs/1_architecture/05_visibility.ipynb #e2578924
 def document_starts(
