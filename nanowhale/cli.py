@@ -29,11 +29,12 @@ def train(
     device:str=None,         # cpu, cuda, cuda:1 ...; none: a GPU if there is one
     resume:bool=False,       # go on with the run in --out, with its own recipe and seed
     tensorboard:bool=False,  # also write what TensorBoard reads, into a folder of the run's
+    force:bool=False,        # bf16 even on a processor that computes it slowly
     **changes,               # values of the `Recipe` to set otherwise
 ):
     "Train a whale, measure it on unseen text, and save a folder that transformers can load"
     from nanowhale.run import train
-    return train(preset, recipe, out, seed, device, resume, tensorboard, **changes)
+    return train(preset, recipe, out, seed, device, resume, tensorboard, force, **changes)
 
 # %% ../nbs/appendix/91_cli.ipynb #7d2af53e
 def find(
@@ -55,7 +56,12 @@ def load(
     from nanowhale.model.whale import Whale
     from nanowhale.train.data import load_tokenizer
     from nanowhale.fast.kernels import use
-    return use(Whale.from_pretrained(folder).to(device)), load_tokenizer(folder)
+    from nanowhale.processor import slow_bf16
+    whale = Whale.from_pretrained(folder).to(device)
+    slow = None
+    if device.type=='cpu' and whale.lm_head.weight.itemsize<4: slow = slow_bf16()
+    if slow: print(f'nanowhale: {slow}: the weights are taken as float32', file=sys.stderr)
+    return use(whale.float() if slow else whale), load_tokenizer(folder)
 
 # %% ../nbs/appendix/91_cli.ipynb #e6f8f732
 def read_prompt(
@@ -228,12 +234,13 @@ def bench(
     device:str=None,              # cpu, cuda ...; none: a GPU if there is one
     profile:store_true=False,     # split a step by component, too
     compile:store_true=False,     # our side compiled, too: minutes more
+    force:store_true=False,       # bf16 even on a processor that computes it slowly
     out:str='bench.json',         # file to add the figures to
 ):
     "Measure training, prefill, decoding and memory, beside transformers and the machine's limits"
     from nanowhale.fast.bench import bench
     bench(preset, batch_size, context, precision, max_new_tokens, repeats,
-        device, profile, compile, out)
+        device, profile, compile, out, force)
 
 # %% ../nbs/appendix/91_cli.ipynb #0fee69d9
 def ablate(

@@ -9,6 +9,7 @@ from nanowhale.model.config import CSA, HCA, SWA
 from nanowhale.model.hyper import sinkhorn
 from nanowhale.model.moe import run_experts
 from nanowhale.model.mtp import head_loss
+from nanowhale.model.rope import rotate
 from nanowhale.model.visibility import window_mask
 from nanowhale.model.whale import Whale
 from nanowhale.validate import check_batch
@@ -17,6 +18,7 @@ from nanowhale.train.optim import Muon, make_optimizers
 from nanowhale.train.recipe import Recipe
 from nanowhale.train.step import train_step
 from nanowhale.generate.sample import generate
+from nanowhale.fast import loss, products
 from nanowhale.fast.attention import CHUNK
 from nanowhale.fast.kernels import FAST, use
 
@@ -35,6 +37,12 @@ def documents(B, T, pad=3):
 def product_cases():
     for M in (1, 5, 70): yield f'product of {M} rows', F.linear, FAST_OF['product'], inputs((M,24), (9,24))
     yield 'product of a batch', F.linear, FAST_OF['product'], inputs((2,7,24), (9,24))
+
+def rotation_cases():
+    def turned(f, angles): return lambda x: f(x, angles.cos(), angles.sin())
+    for R,K in ((4, 8), (2, 7), (6, 6)):
+        angles, = inputs((5,R//2))
+        for a in (angles, -angles): yield f'rotation of {R} in {K}', turned(rotate, a), turned(FAST_OF['rotate'], a), inputs((2,5,3,K))
 
 def attention_cases():
     "What `see` returns goes to `attend`, as in a whale: causal, a window, blocks, with documents, with entries from afar"
@@ -81,7 +89,7 @@ def other_cases():
         yield f'loss, {share:.0%} labels', loss(head_loss), loss(FAST_OF['head_loss']), [h, W]
 
 FAST_OF = {name: f for functions in FAST.values() for name,f in functions.items()}
-CASES = [*product_cases(), *attention_cases(), *entry_cases(), *expert_cases(), *other_cases()]
+CASES = [*product_cases(), *rotation_cases(), *attention_cases(), *entry_cases(), *expert_cases(), *other_cases()]
 
 KEPT = dict(attention=2, index=1, weights=2, experts=1)     # the input that stays float32 in a whale of bfloat16
 
@@ -116,12 +124,46 @@ def test_bfloat16(name, plain, fast, leaves):
         assert (got-want).norm()<=2*(slow-want).norm()+2**-8*want.norm()+1e-12
 
 def test_every_function_has_a_case():
-    assert {'product', 'attend', 'see', 'index_scores', 'far_weights', 'run', 'sinkhorn', 'head_loss'}==set(FAST_OF)-{'check', 'products'}
+    assert {'product', 'attend', 'rotate', 'see', 'index_scores', 'far_weights', 'run', 'sinkhorn', 'head_loss'}==set(FAST_OF)-{'check', 'orthogonalize'}
 
-@pytest.mark.parametrize('n,M', [(0, 3), (1, 4), (3, 4), (2, 200)])
-def test_products(n, M):
-    x,W = inputs((n,M,160), (n,M+3,160))
-    assert_close(FAST_OF['products'](x, W), Muon.products(x, W), atol=1e-11, rtol=1e-10)
+@pytest.mark.parametrize('shape', [(0, 3, 4), (1, 4, 3), (3, 40, 70), (5, 2, 60, 9), (4, 5)])
+def test_orthogonalize(shape, monkeypatch):
+    "A few matrices at a time, also fewer than a cache holds, tall and wide"
+    G, = inputs(shape)
+    want = Muon.orthogonalize(G)
+    for cache in (1, 2**15, products.CACHE):
+        monkeypatch.setattr(products, 'CACHE', cache)
+        assert_close(FAST_OF['orthogonalize'](G), want, atol=1e-9, rtol=1e-9)
+
+def test_orthogonalize_by_onednn(monkeypatch):
+    if not hasattr(torch.ops.mkldnn, '_linear_pointwise'): pytest.skip('this torch has no oneDNN')
+    G = inputs((3, 40, 70))[0].float()
+    monkeypatch.setattr(products, 'ONEDNN', True)
+    assert_close(FAST_OF['orthogonalize'](G), Muon.orthogonalize(G), atol=1e-3, rtol=1e-3)
+
+def test_orthogonalize_in_bfloat16():
+    "Where autocast asks for it: no further from one than on a GPU, where all rounds are in bfloat16"
+    G = torch.randn(3, 40, 70)
+    with torch.autocast('cpu', torch.bfloat16): half = FAST_OF['orthogonalize'](G)
+    assert half.dtype==torch.float32
+    assert (torch.linalg.svdvals(half)-1).abs().max()<0.05
+    assert (half*Muon.orthogonalize(G)).sum((1,2)).div(40).min()>0.99   # the same directions
+
+@pytest.mark.parametrize('words', [1, 4, 19, 20, 64])
+@pytest.mark.parametrize('rows', [1, 5, 100])
+def test_the_loss_in_blocks_of_words_and_rows(words, rows, monkeypatch):
+    "Blocks that hold one word, a label's word at either end, all words; labels that repeat; rows without one"
+    h,W = inputs((2,9,6), (20,6))
+    monkeypatch.setattr(loss, 'WORDS', words)
+    monkeypatch.setattr(loss, 'ROOM', 8*20*rows)
+    labels = torch.tensor([[0, 19, 3, 4, -100, 3, 3, 18, 7], [-100, 1, 4, 8, 19, 0, 0, 5, -100]])
+    def all_of(f, scale=1):
+        leaves = [(x*scale).requires_grad_() for x in (h, W)]
+        out = f(*leaves, labels)
+        return out, *torch.autograd.grad(0.3*out, leaves)
+    for scale in (1, 30):   # and logits far apart
+        for a,b in zip(all_of(FAST_OF['head_loss'], scale), all_of(head_loss, scale), strict=True): assert_close(a, b)
+    with torch.no_grad(): assert_close(FAST_OF['head_loss'](h, W, labels), head_loss(h, W, labels))
 
 def test_the_check_says_what_the_plain_one_says():
     ids = torch.zeros(2, 3, dtype=torch.long)
@@ -214,7 +256,7 @@ def test_plain_takes_everything_away_again():
     fresh,whale = whale_of(tiny_v4, 'plain'),use(whale_of(tiny_v4, 'fast'), 'plain')
     for a,b in zip(fresh.modules(), whale.modules(), strict=True): assert vars(a).keys()==vars(b).keys()
     muon = next(opt for opt in make_optimizers(whale, 1e-3, 1e-3) if isinstance(opt, Muon))
-    assert 'products' in vars(use(muon)) and 'products' not in vars(use(muon, 'plain'))
+    assert 'orthogonalize' in vars(use(muon)) and 'orthogonalize' not in vars(use(muon, 'plain'))
 
 def test_each_part_gets_its_functions_and_no_other_whale_does():
     whale,other = whale_of(tiny_v4, 'fast'),whale_of(tiny_v4, 'plain')

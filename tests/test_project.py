@@ -77,14 +77,16 @@ def test_module_compiles_without_a_warning(module):
 def test_chapters_import_only_earlier_ones(nb):
     chapter = {dotted(m): origin(m).name for m in MODULES if origin(m)}
     used = set(re.findall(r'^\s*from nanowhale\.([\w.]+) import', source(nb), flags=re.M))
-    free = ('course.', 'validate')   # of the notebooks alone; needs no other chapter itself
+    free = ('course.', 'validate', 'processor')   # of the notebooks alone; needs no other chapter itself
     late = sorted(m for m in used if chapter.get(m, '')>nb.name and not m.startswith(free))
     assert not late or nb.parent.name=='solutions', f'{nb.name} imports from later chapters: {late}'
     stars = re.findall(r'^\s*from \S+ import \*.*', source(nb), flags=re.M)
     assert not stars, f'{nb.name}: {stars[0]}'
 
-def test_validation_needs_no_other_chapter():
-    assert 'nanowhale' not in re.sub(r'^#.*', '', (ROOT/'nanowhale/validate.py').read_text(encoding='utf-8'), flags=re.M)
+@pytest.mark.parametrize('name', ['validate', 'processor'])
+def test_what_all_may_import_needs_no_other_chapter(name):
+    text = re.sub(r'^#.*', '', (ROOT/f'nanowhale/{name}.py').read_text(encoding='utf-8'), flags=re.M)
+    assert not re.search(r'^\s*(from|import) (nanowhale|\.)', text, flags=re.M)
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
 def test_links_between_notebooks_live(nb):

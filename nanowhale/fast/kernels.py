@@ -17,10 +17,11 @@ from ..model.compress import CompressedAttention, Indexer
 from ..model.moe import Experts, Router
 from ..model.hyper import HyperConnection, HyperHead
 from ..model.whale import Whale
+from ..processor import float32_library, instruction_set, this_processor
 from ..validate import check_batch
 from ..train.optim import Muon
-from .products import ONEDNN, linear, products
-from .attention import attend, far_weights, index_scores, row_mask
+from .products import linear, orthogonalize
+from .attention import attend, far_weights, index_scores, rotate, row_mask
 from .experts import run_experts
 from .loss import head_loss
 from .sinkhorn import sinkhorn
@@ -40,7 +41,7 @@ def check(
 # %% ../../nbs/4_speed/37_kernels.ipynb #cedd9f77
 FAST = {   # class -> its functions, and what computes the same
     Linear: dict(product=linear),
-    Attention: dict(attend=attend),
+    Attention: dict(attend=attend, rotate=rotate),
     Indexer: dict(index_scores=index_scores),
     CompressedAttention: dict(far_weights=far_weights),
     Router: dict(product=linear),
@@ -48,7 +49,7 @@ FAST = {   # class -> its functions, and what computes the same
     HyperConnection: dict(product=linear, sinkhorn=sinkhorn),
     HyperHead: dict(product=linear),
     Whale: dict(see=row_mask, head_loss=head_loss, check=check),
-    Muon: dict(products=products)}
+    Muon: dict(orthogonalize=orthogonalize)}
 
 KERNELS = dict(plain={}, fast=FAST)
 
@@ -83,15 +84,15 @@ def in_use(
     same = dict(head='cross-entropy in blocks of rows, logits never kept',
         mixes='Sinkhorn with a backward pass of its own')
     if torch.device(device).type=='cuda':
-        return dict(products="PyTorch's for this GPU",
+        return dict(products="PyTorch's for this GPU", optimizer='Muon on all matrices at once',
             attention='one kernel in a compiled step, chunks of queries elsewhere',
             experts='grouped in bf16, else one after the other', **same,
             compile='possible: by Triton')
-    simd = torch.backends.cpu.get_cpu_capability()
-    library = f'oneDNN in float32: {simd}' if ONEDNN else \
-        f'BLAS in float32: oneDNN is taken where a processor has AVX512, this one has {simd}'
+    library,why = float32_library()
+    name = dict(onednn='oneDNN', blas='BLAS')[library]
     compiler = cxx_compiler()
-    return dict(products=library,
+    return dict(products=f'{name} in float32: {why}; {this_processor().model}, {instruction_set()}',
+        optimizer='Muon on a few matrices at a time, which stay in the cache',
         attention='chunks of queries, in blocks of the window where a row is longer; '
             'one kernel needs a GPU',
         experts='sorted, one after the other: on a CPU nobody waits for their loads', **same,

@@ -46,6 +46,7 @@ class GroupedLinear(Linear):
 class Attention(nn.Module):
     "V4's sliding-window attention (section 2.3): low-rank queries, one shared key = value, sinks"
     attend = staticmethod(attend)
+    rotate = staticmethod(rotate)
     def __init__(self, cfg):
         super().__init__()
         D,H,K,G = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.o_groups
@@ -64,14 +65,14 @@ class Attention(nn.Module):
     def heads(self, low, cos, sin):
         "Queries [B,T,H,K] of `low_rank` [B,T,Q]: normed per head without a weight, rotated"
         q = self.q_b_proj(low).unflatten(-1, (-1,self.head_dim))
-        return rotate(rms_norm(q, self.eps), cos, sin)
+        return self.rotate(rms_norm(q, self.eps), cos, sin)
     def query(self, x, cos, sin): return self.heads(self.low_rank(x), cos, sin)
     def latent(self, x, cos, sin):
         "Keys = values [B,T,K] of `x` [B,T,D]: normed with a weight, rotated"
-        return rotate(self.kv_norm(self.kv_proj(x))[:,:,None], cos, sin)[:,:,0]
+        return self.rotate(self.kv_norm(self.kv_proj(x))[:,:,None], cos, sin)[:,:,0]
     def output(self, o, cos, sin):
         "[B,T,D] of the heads' means [B,T,H,K]: turned back by the query's position, then mixed"
-        return self.o_b_proj(self.o_a_proj(rotate(o, cos, -sin).flatten(-2)))
+        return self.o_b_proj(self.o_a_proj(self.rotate(o, cos, -sin).flatten(-2)))
 
     def forward(self,
         x:Tensor,        # [B,T,D] normalised input
@@ -81,5 +82,4 @@ class Attention(nn.Module):
     ) -> Tensor:         # [B,T,D]
         kv = self.latent(x, *rope)
         if cache is not None: kv = cache.extend(kv)
-        o,_ = self.attend(self.query(x, *rope), kv, self.sinks, mask)
-        return self.output(o, *rope)
+        return self.output(self.attend(self.query(x, *rope), kv, self.sinks, mask)[0], *rope)

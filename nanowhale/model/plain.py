@@ -15,7 +15,7 @@ from torch import nn, Tensor
 # %% ../../nbs/1_architecture/01_plain.ipynb #c9a4a7e3
 def upcast(x):   # a tensor of any type -> float32, or float64 where it is
     "At least float32: statistics, angles and softmaxes are never computed in bf16"
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 def rms_norm(
     x:Tensor,                 # [..., D] the last axis is normalised

@@ -249,7 +249,7 @@ def train_step(
             if p.grad is not None and norm>recipe.clip: p.grad.mul_(recipe.clip/norm)
         for opt,lr in zip(opts, (recipe.lr, recipe.muon_lr)):
             for group in opt.param_groups: group['lr'] = lr*factor
-            opt.step()
+            with cast(load.device, recipe.precision): opt.step()   # Muon is made of products
         whale.update_router_bias(load, recipe.bias_speed)
     for opt in opts: opt.zero_grad()
     return m
