@@ -7,8 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from nanowhale.presets import tiny
 from nanowhale.model.whale import Whale
-import nanowhale.train.optim as o
-from nanowhale.train.optim import LIFT, Muon, make_optimizers, newton_schulz, schedule, split_params
+from nanowhale.train.optim import LIFT, Muon, make_optimizers, schedule, split_params
 from nanowhale.fast.kernels import KERNELS, use
 
 both = pytest.mark.parametrize('kernels', KERNELS)
