@@ -131,10 +131,12 @@ def _lost():
 @mistake('lost_documents', 'every stop loses what the buffer holds, and there are three')
 def _one_stop(): return 1000-1
 
-@mistake('lost_documents', 'the document that is handed out last is used: the buffer has one less')
+@mistake('lost_documents',
+    'the document that is handed out last is used: the buffer has one less')
 def _whole_buffers(): return 3*1000
 
-@mistake('lost_documents', 'at the end of the source the buffer is emptied, so nothing is lost there')
+@mistake('lost_documents',
+    'at the end of the source the buffer is emptied, so nothing is lost there')
 def _also_at_the_end(): return 4*(1000-1)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #b57effe7
