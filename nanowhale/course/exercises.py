@@ -14,7 +14,7 @@ from ..train.optim import schedule
 from ..train.evaluate import bits_per_byte
 from ..generate.cache import Cache
 from ..generate.speculate import residual
-from .checker import exercise, mistake
+from .checker import exercise, mistake, prediction
 from .checker import answer, check  # noqa: F401  for readers to import from here
 from .exercise_model import between, randn, rough, small, uniform
 
@@ -121,6 +121,23 @@ def _in_the_text(word, merges):
     text = ' '.join(word)
     for a,b in merges: text = text.replace(f'{a} {b}', a+b)
     return text.split()
+
+# %% ../../nbs/appendix/95_exercises.ipynb #23c7d8a2
+@prediction('lost_documents', within=0)
+def _lost():
+    "Of a source in a buffer of 1,000 that was forgotten at three stops"
+    return 3*(1000-1)
+
+@mistake('lost_documents', 'every stop loses what the buffer holds, and there are three')
+def _one_stop(): return 1000-1
+
+@mistake('lost_documents',
+    'the document that is handed out last is used: the buffer has one less')
+def _whole_buffers(): return 3*1000
+
+@mistake('lost_documents',
+    'at the end of the source the buffer is emptied, so nothing is lost there')
+def _also_at_the_end(): return 4*(1000-1)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #b57effe7
 def _rates(steps, warmup, decay, final):

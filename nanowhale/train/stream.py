@@ -257,6 +257,7 @@ def first_held_out(
         if left and n>=chars or seen>=limit: break
     return list(dict.fromkeys(held)), left, largest
 
+# %% ../../nbs/2_training/14_stream.ipynb #95399aa1
 def held_out_texts(
     data:str|None,        # what `open_texts` takes
     field:str='text',     # where a row keeps its text
