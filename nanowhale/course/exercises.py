@@ -271,6 +271,32 @@ def _numbers_clipped(grads, most): return [g.clamp(-most, most) for g in grads]
 @mistake('clip', 'the norm is the root of the sum of squares, not a sum of norms')
 def _sum_of_norms(grads, most): return _shrunk(grads, min(1, most/sum(_norms(grads))))
 
+# %% ../../nbs/appendix/95_exercises.ipynb #19100011
+def _offsets(tensors):
+    places,end = [],0
+    for t in tensors:
+        places.append((end, end+t.numel()*t.element_size()))
+        end = places[-1][1]
+    return places
+
+@exercise('offsets', _offsets)
+def _several_types(more):
+    shapes = [(between(2, 5)+more, 3+more), (2+more,), (between(1, 4), 2+more)]
+    kinds = torch.bfloat16, torch.float64, torch.float32
+    return [([randn(*shape).to(kind) for shape,kind in zip(shapes, kinds)],)]
+
+@mistake('offsets', 'bytes, not numbers: a bfloat16 takes two of them, a float32 four')
+def _in_numbers(tensors): return _offsets([t.to(torch.int8) for t in tensors])
+
+@mistake('offsets', 'a start and an end, not a start and a length')
+def _with_lengths(tensors): return [(a, b-a) for a,b in _offsets(tensors)]
+
+@mistake('offsets', 'a tensor begins where the one before it ended')
+def _from_nothing(tensors): return [(0, b-a) for a,b in _offsets(tensors)]
+
+@mistake('offsets', 'the end is the first byte after the tensor, not its last')
+def _to_the_last(tensors): return [(a, b-1) for a,b in _offsets(tensors)]
+
 # %% ../../nbs/appendix/95_exercises.ipynb #0c7f52e3
 def _way(x):
     "Share of the way from the neighbour towards zero to the other"
