@@ -18,6 +18,11 @@ from .checker import exercise, mistake, prediction
 from .checker import answer, check  # noqa: F401  for readers to import from here
 from .exercise_model import between, randn, rough, small, uniform
 
+# %% ../../nbs/appendix/95_exercises.ipynb #20300001
+from .checker import prediction
+from ..presets import nanowhale_100m
+from ..train.optim import split_params
+
 # %% ../../nbs/appendix/95_exercises.ipynb #0c31797c
 def _slices(x, starts, width, fill):
     return torch.tensor([(x[a:a+width]+[fill]*width)[:width] for a in starts])
@@ -287,6 +292,51 @@ def _numbers_clipped(grads, most): return [g.clamp(-most, most) for g in grads]
 
 @mistake('clip', 'the norm is the root of the sum of squares, not a sum of norms')
 def _sum_of_norms(grads, most): return _shrunk(grads, min(1, most/sum(_norms(grads))))
+
+# %% ../../nbs/appendix/95_exercises.ipynb #19100011
+def _offsets(tensors):
+    places,end = [],0
+    for t in tensors:
+        places.append((end, end+t.numel()*t.element_size()))
+        end = places[-1][1]
+    return places
+
+@exercise('offsets', _offsets)
+def _several_types(more):
+    shapes = [(between(2, 5)+more, 3+more), (2+more,), (between(1, 4), 2+more)]
+    kinds = torch.bfloat16, torch.float64, torch.float32
+    return [([randn(*shape).to(kind) for shape,kind in zip(shapes, kinds)],)]
+
+@mistake('offsets', 'bytes, not numbers: a bfloat16 takes two of them, a float32 four')
+def _in_numbers(tensors): return _offsets([t.to(torch.int8) for t in tensors])
+
+@mistake('offsets', 'a start and an end, not a start and a length')
+def _with_lengths(tensors): return [(a, b-a) for a,b in _offsets(tensors)]
+
+@mistake('offsets', 'a tensor begins where the one before it ended')
+def _from_nothing(tensors): return [(0, b-a) for a,b in _offsets(tensors)]
+
+@mistake('offsets', 'the end is the first byte after the tensor, not its last')
+def _to_the_last(tensors): return [(a, b-1) for a,b in _offsets(tensors)]
+
+# %% ../../nbs/appendix/95_exercises.ipynb #20300003
+def _state_gb(matrix=4, other=8):
+    "GB of the optimizers' state, by the bytes of a weight that Muon or AdamW trains"
+    with torch.device('meta'): parts = split_params(Whale(nanowhale_100m()))
+    count = {k: sum(p.numel() for p in named.values()) for k,named in parts.items()}
+    return (matrix*count['matrices'] + other*(count['tables']+count['vectors']))/1e9
+
+@prediction('state_gb', within=0.02)
+def _by_their_optimizer(): return _state_gb()
+
+@mistake('state_gb', 'Muon keeps one number for each weight of a matrix, not two')
+def _two_for_all(): return _state_gb(matrix=8)
+
+@mistake('state_gb', 'AdamW keeps two numbers for each weight: both averages')
+def _one_for_all(): return _state_gb(other=4)
+
+@mistake('state_gb', 'the weights themselves are in another file')
+def _with_the_weights(): return _state_gb(8, 12)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #0c7f52e3
 def _way(x):
