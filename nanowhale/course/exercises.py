@@ -421,6 +421,22 @@ def _one_logarithm(logits, u): return (logits-u.log()).argmax(-1)
 @mistake('gumbel', 'add the noise to the logits, not to the probabilities')
 def _noise_on_probabilities(logits, u): return _gumbel(logits.softmax(-1), u)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #bb0379f2
+def _stumble(tail=.02, tokens=100): return 1-(1-tail)**tokens
+
+@prediction('stumble', within=0.02)
+def _at_least_once(): return _stumble()
+
+@mistake('stumble', 'that is the chance of no stumble at all')
+def _never(): return 1-_stumble()
+
+@mistake('stumble', 'that is the chance in one step, and there are 100 of them')
+def _in_one_step(): return _stumble(tokens=1)
+
+@mistake('stumble',
+    'chances of separate steps do not add up: that is how often it stumbles on average')
+def _added(): return 100*.02
+
 # %% ../../nbs/appendix/95_exercises.ipynb #8fc813ee
 def _in_pieces(whale, ids, n, fresh=False, again=0):
     "Logits from passes of `n` tokens; each with a `fresh` cache, or with old tokens `again`"
@@ -452,6 +468,23 @@ def _a_token_again(*args): return _in_pieces(*args, again=1)
 @mistake('prefill', 'the last pass is shorter: its tokens are missing')
 def _last_piece_missing(whale, ids, n): return _in_pieces(whale, ids[:,:ids.shape[1]//n*n], n)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #8b57e119
+def _outweighed(ring=128*512, entry=512+128, m=4):
+    "Tokens after which entries, each of m tokens, take more room than the ring"
+    return (ring//entry+1)*m
+
+@prediction('ring_outweighed', within=0.02)
+def _with_its_indexer(): return _outweighed()
+
+@mistake('ring_outweighed', 'each entry comes with a key for the indexer: 512+128 numbers')
+def _no_key_for_the_indexer(): return _outweighed(entry=512)
+
+@mistake('ring_outweighed', 'key and value are one vector of 512: the ring keeps it once')
+def _key_and_value(): return _outweighed(ring=2*128*512)
+
+@mistake('ring_outweighed', 'that is a number of entries: each of them stands for 4 tokens')
+def _entries_for_tokens(): return _outweighed(m=1)
+
 # %% ../../nbs/appendix/95_exercises.ipynb #850d3104
 @exercise('residual', residual)
 def _two_distributions(more):
@@ -472,6 +505,21 @@ def _swapped(p, q): return residual(q, p)
 @mistake('residual', 'drawing from p again would favour what the drafter likes: '
     'take away what it has given')
 def _nothing_taken_away(p, q): return p.clone()
+
+# %% ../../nbs/appendix/95_exercises.ipynb #920355ed
+def _a_round(chances): return 1+sum(chances)
+
+@prediction('round', within=0.02)
+def _until_the_first_is_refused(): return _a_round([.8, .8**2, .8**3])
+
+@mistake('round', 'the second draft counts only if the first was kept: the chances multiply')
+def _each_by_itself(): return _a_round([.8, .8, .8])
+
+@mistake('round', 'each pass ends with a token of the trunk itself')
+def _without_the_trunks(): return _a_round([.8, .8**2, .8**3])-1
+
+@mistake('round', 'drafts before the first refusal stay, it is not all or none')
+def _all_or_none(): return _a_round(3*[.8**3])
 
 # %% ../../nbs/appendix/95_exercises.ipynb #649790ec
 def _lookup(ids, k, n, newest=True):
