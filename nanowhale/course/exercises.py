@@ -152,13 +152,15 @@ def _left(rate=0.02, factor=None, decay=0.1, steps=150):
 @prediction('weights_left', within=0.02)
 def _weights_left(): return _left()
 
-@mistake('weights_left', 'the rate is at its peak for 45 of the 150 steps only: look at the drawing')
+@mistake('weights_left',
+    'the rate is at its peak for 45 of the 150 steps only: look at the drawing')
 def _always_at_the_peak(): return _left(factor=1)
 
 @mistake('weights_left', 'a matrix is Muon\'s, with a rate of 0.02: you took that of AdamW')
 def _adamws_rate(): return _left(rate=0.012)
 
-@mistake('weights_left', 'a step shrinks by weight_decay times the learning rate, not by weight_decay')
+@mistake('weights_left',
+    'a step shrinks by weight_decay times the learning rate, not by weight_decay')
 def _without_the_rate(): return _left(rate=1)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #e5ef15d7
