@@ -170,7 +170,8 @@ def _orthogonal(G, blocks=1):
 
 @exercise('orthogonal', _orthogonal)
 def _tall_wide_square(more):
-    return [(randn((b+more)*(n+more), m+more), b+more) for b,n,m in ((2, 5, 3), (3, 3, 5), (1, 4, 4))]
+    def stack(b, n, m): return randn((b+more)*(n+more), m+more), b+more
+    return [stack(2, 5, 3), stack(3, 3, 5), stack(1, 4, 4)]
 
 @mistake('orthogonal', 'that is G again: leave out the singular values')
 def _the_same(G, blocks): return G.clone()
