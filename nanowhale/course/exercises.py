@@ -166,25 +166,71 @@ def _falls_at_once(steps, warmup, decay, final): return _rates(steps, warmup, 1.
 @mistake('rates', 'the rate falls to `final`, not to 0')
 def _falls_to_0(steps, warmup, decay, final): return _rates(steps, warmup, decay, 0.)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #a97ee5b0
+def _left(rate=0.02, factor=None, decay=0.1, steps=150):
+    factors = [schedule(s, steps, 15, 0.6, 0.1) if factor is None else factor for s in range(steps)]
+    return math.prod(1-decay*rate*f for f in factors)
+
+@prediction('weights_left', within=0.02)
+def _weights_left(): return _left()
+
+@mistake('weights_left',
+    'the rate is at its peak for 45 of the 150 steps only: look at the drawing')
+def _always_at_the_peak(): return _left(factor=1)
+
+@mistake('weights_left', 'a matrix is Muon\'s, with a rate of 0.02: you took that of AdamW')
+def _adamws_rate(): return _left(rate=0.012)
+
+@mistake('weights_left',
+    'a step shrinks by weight_decay times the learning rate, not by weight_decay')
+def _without_the_rate(): return _left(rate=1)
+
 # %% ../../nbs/appendix/95_exercises.ipynb #e5ef15d7
-def _orthogonal(G):
-    U,_,Vh = torch.linalg.svd(G, full_matrices=False)
-    return U@Vh
+def _orthogonal(G, blocks=1):
+    U,_,Vh = torch.linalg.svd(G.reshape(blocks, -1, G.shape[-1]), full_matrices=False)
+    return (U@Vh).reshape(G.shape)
 
 @exercise('orthogonal', _orthogonal)
 def _tall_wide_square(more):
-    return [(randn(n+more, m+more),) for n,m in ((5, 3), (3, 5), (4, 4))]
+    def stack(b, n, m): return randn((b+more)*(n+more), m+more), b+more
+    return [stack(2, 5, 3), stack(3, 3, 5), stack(1, 4, 4)]
 
 @mistake('orthogonal', 'that is G again: leave out the singular values')
-def _the_same(G): return G.clone()
+def _the_same(G, blocks): return G.clone()
 
 @mistake('orthogonal', 'torch.linalg.svd returns V transposed already: do not transpose it again')
-def _transposed_again(G):
-    U,_,Vh = torch.linalg.svd(G, full_matrices=False)
-    return U@(Vh.mT if len(Vh)==Vh.shape[1] else Vh)      # elsewhere the shapes would not fit
+def _transposed_again(G, blocks):
+    U,_,Vh = torch.linalg.svd(G.reshape(blocks, -1, G.shape[-1]), full_matrices=False)
+    square = Vh.shape[-1]==Vh.shape[-2]                   # elsewhere the shapes would not fit
+    return (U@(Vh.mT if square else Vh)).reshape(G.shape)
 
 @mistake('orthogonal', 'you made the whole matrix small, not every direction equal')
-def _norm_1(G): return G/torch.linalg.matrix_norm(G)
+def _norm_1(G, blocks): return G/torch.linalg.matrix_norm(G)
+
+@mistake('orthogonal', 'you took the blocks for one matrix: each has directions of its own')
+def _one_matrix(G, blocks): return _orthogonal(G)
+
+@mistake('orthogonal', 'blocks lie one above the other: yours takes every second or third row')
+def _every_other_row(G, blocks):
+    apart = G.reshape(-1, blocks, G.shape[-1]).transpose(0, 1)
+    return torch.stack([_orthogonal(part) for part in apart], 1).reshape(G.shape)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #20b2c224
+@prediction('muon_length', within=0.05)
+def _muon_length(): return 0.005*0.18*math.sqrt(640)*math.sqrt(320)
+
+@mistake('muon_length',
+    'all singular values are 1, so the squares of the orthogonal matrix sum to 320, not to 1')
+def _norm_of_1(): return 0.005*0.18*math.sqrt(640)
+
+@mistake('muon_length', 'the factor 0.18 times the root of the longer side is missing')
+def _no_factor(): return 0.005*math.sqrt(320)
+
+@mistake('muon_length', 'there are as many singular values as the shorter side is long: 320')
+def _one_a_column(): return 0.005*0.18*640
+
+@mistake('muon_length', 'that is the first step of AdamW: there every number moves by 0.005')
+def _first_of_adamw(): return 0.005*math.sqrt(320*640)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #0ef11d00
 def _adamw(p, g, m, v, t, lr, b1, b2, eps, wd, l2=False, biased=False, eps_inside=False):
