@@ -248,29 +248,6 @@ def _all_positions(batches):
     sums,_ = _sums_and_counts(batches)
     return sum(sums)/sum(len(y) for _,y in batches)
 
-# %% ../../nbs/appendix/95_exercises.ipynb #96d03a1d
-def _norms(grads): return [g.norm().item() for g in grads]
-def _shrunk(grads, factor): return [g*factor for g in grads]
-def _clipped(grads, most): return _shrunk(grads, min(1, most/math.hypot(*_norms(grads))))
-
-@exercise('clip', _clipped)
-def _large_and_small_gradients(more):
-    def grads(scale): return [scale*randn(3+more, 4+more), 0.1*randn(5+more)]
-    return [(grads(1.), uniform(0.5, 1)), (grads(0.1), uniform(1, 2))]
-
-@mistake('clip',
-    'the norm is that of all gradients together: one by one, their proportions change')
-def _one_by_one(grads, most): return [_clipped([g], most)[0] for g in grads]
-
-@mistake('clip', 'a small gradient stays as it is: the factor is never above 1')
-def _also_longer(grads, most): return _shrunk(grads, most/math.hypot(*_norms(grads)))
-
-@mistake('clip', 'clip the norm, not the numbers')
-def _numbers_clipped(grads, most): return [g.clamp(-most, most) for g in grads]
-
-@mistake('clip', 'the norm is the root of the sum of squares, not a sum of norms')
-def _sum_of_norms(grads, most): return _shrunk(grads, min(1, most/sum(_norms(grads))))
-
 # %% ../../nbs/appendix/95_exercises.ipynb #0c7f52e3
 def _way(x):
     "Share of the way from the neighbour towards zero to the other"
