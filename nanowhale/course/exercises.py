@@ -14,7 +14,7 @@ from ..train.optim import schedule
 from ..train.evaluate import bits_per_byte
 from ..generate.cache import Cache
 from ..generate.speculate import residual
-from .checker import exercise, mistake
+from .checker import exercise, mistake, prediction
 from .checker import answer, check  # noqa: F401  for readers to import from here
 from .exercise_model import between, randn, rough, small, uniform
 
@@ -274,6 +274,27 @@ def _towards_zero(x, u): return _neighbour(x, u<0)
 @mistake('stochastic_round',
     'up and down are swapped: the closer neighbour must be the likelier one')
 def _up_and_down_swapped(x, u): return _neighbour(x, u>=_way(x))
+
+# %% ../../nbs/appendix/95_exercises.ipynb #1fa2e7be
+from ..presets import count_flops, get_preset
+
+# %% ../../nbs/appendix/95_exercises.ipynb #61da1920
+def _mfu(passes=3, peak=989e12, **changes):
+    "Of 400,000 tokens a second on an H100"
+    flops = sum(count_flops(get_preset('nanowhale_100m', **changes), 2048).values())
+    return passes*flops*400_000/peak
+
+@prediction('mfu', within=0.03)
+def _utilisation(): return _mfu()
+
+@mistake('mfu', 'a backward pass costs two forward passes: you counted the forward pass alone')
+def _forward_alone(): return _mfu(passes=1)
+
+@mistake('mfu', 'that is the peak for matrices half of whose entries are zero: take the dense one')
+def _sparse_peak(): return _mfu(peak=2*989e12)
+
+@mistake('mfu', 'its MTP block computes logits a second time: count it as well')
+def _without_mtp(): return _mfu(num_nextn_predict_layers=0)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #17a9e6c2
 def _surprise(logits): return -logits.softmax(-1).log()
