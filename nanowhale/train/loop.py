@@ -465,7 +465,7 @@ class Run(_Steps):
         raise Stopped(f'stopped after step {self.state["step"]} and saved; '
             f'go on with: nanowhale train --resume --out {self.out}', noted[0] if noted else 15)
 
-# %% ../../nbs/2_training/22_loop.ipynb #fa3cc05c
+# %% ../../nbs/2_training/22_loop.ipynb #5e0a91cc
 def as_cell(
     value,   # what a cell of a table should show
 ) -> str:
@@ -473,6 +473,7 @@ def as_cell(
     plain = re.sub(r'[\\`*_~|$<>&\[\]]', lambda m: f'&#{ord(m[0])};', str(value).strip())
     return '<br>'.join(plain.splitlines())
 
+# %% ../../nbs/2_training/22_loop.ipynb #fa3cc05c
 def model_card(
     whale:Whale,     # the model
     spec:dict,       # run.json

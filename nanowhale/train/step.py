@@ -77,7 +77,7 @@ def watching_mixes(
     finally:
         for h in hooks: h.remove()
 
-# %% ../../nbs/2_training/18_step.ipynb #5dd9a2fb
+# %% ../../nbs/2_training/18_step.ipynb #3f1c07aa
 LOSSES = ('loss', 'mtp_loss', 'balance_loss', 'indexer_loss')   # of a `WhaleOutput`
 
 def _losses(out):
@@ -87,6 +87,7 @@ def _losses(out):
     if out.indexer_loss is None: del losses['indexer_loss']
     return losses
 
+# %% ../../nbs/2_training/18_step.ipynb #5dd9a2fb
 def add_gradients(
     net:nn.Module,           # a `Whale`, or what `spread` made of it; its gradients are added to
     rows:dict[str, Tensor],  # input_ids and docs [n,T+1]: this process's rows of the step
@@ -175,7 +176,7 @@ def load_balance(
         busiest_share=shares.max())
     return {k: v.item() for k,v in worst.items()}
 
-# %% ../../nbs/2_training/18_step.ipynb #7eafc268
+# %% ../../nbs/2_training/18_step.ipynb #91d8e2b4
 @torch.no_grad()
 def update_router_bias(
     whale:Whale,         # the model
@@ -190,6 +191,7 @@ def update_router_bias(
         bias = getattr(gate, 'e_score_correction_bias', None)   # a table has none
         if bias is not None: bias.copy_(bias_step(bias, load, speed))
 
+# %% ../../nbs/2_training/18_step.ipynb #7eafc268
 def _move(whale, opts, recipe, norm, factor):
     "Clip the whole gradient; each optimizer takes its step, at its own rate"
     for p in whale.parameters():
