@@ -61,7 +61,6 @@ OTHERS = dict(   # what people write, by other means than the list of mistakes: 
     adamw=(adam, 'went into the gradient'),
     combine=(lambda grads, counts: torch.stack(grads).mean(0), 'a plain mean'),
     step_loss=(lambda batches: torch.stack([F.cross_entropy(z, y) for z,y in batches]).mean(), 'a mean of means'),
-    clip=(lambda grads, most: [g.clip(-most, most) for g in grads], 'clip the norm'),
     stochastic_round=(lambda x, u: x.to(torch.bfloat16), 'nearest neighbour'),
     keep_typical=(keep_top_p, 'that is top-p'),
     prefill=(lambda whale, ids, n: torch.cat([whale(part).logits for part in ids.split(n, 1)], 1), 'one cache'),

@@ -316,29 +316,6 @@ def _all_positions(batches):
     sums,_ = _sums_and_counts(batches)
     return sum(sums)/sum(len(y) for _,y in batches)
 
-# %% ../../nbs/appendix/95_exercises.ipynb #96d03a1d
-def _norms(grads): return [g.norm().item() for g in grads]
-def _shrunk(grads, factor): return [g*factor for g in grads]
-def _clipped(grads, most): return _shrunk(grads, min(1, most/math.hypot(*_norms(grads))))
-
-@exercise('clip', _clipped)
-def _large_and_small_gradients(more):
-    def grads(scale): return [scale*randn(3+more, 4+more), 0.1*randn(5+more)]
-    return [(grads(1.), uniform(0.5, 1)), (grads(0.1), uniform(1, 2))]
-
-@mistake('clip',
-    'the norm is that of all gradients together: one by one, their proportions change')
-def _one_by_one(grads, most): return [_clipped([g], most)[0] for g in grads]
-
-@mistake('clip', 'a small gradient stays as it is: the factor is never above 1')
-def _also_longer(grads, most): return _shrunk(grads, most/math.hypot(*_norms(grads)))
-
-@mistake('clip', 'clip the norm, not the numbers')
-def _numbers_clipped(grads, most): return [g.clamp(-most, most) for g in grads]
-
-@mistake('clip', 'the norm is the root of the sum of squares, not a sum of norms')
-def _sum_of_norms(grads, most): return _shrunk(grads, min(1, most/sum(_norms(grads))))
-
 # %% ../../nbs/appendix/95_exercises.ipynb #19100011
 def _offsets(tensors):
     places,end = [],0
@@ -410,6 +387,27 @@ def _towards_zero(x, u): return _neighbour(x, u<0)
 @mistake('stochastic_round',
     'up and down are swapped: the closer neighbour must be the likelier one')
 def _up_and_down_swapped(x, u): return _neighbour(x, u>=_way(x))
+
+# %% ../../nbs/appendix/95_exercises.ipynb #1fa2e7be
+from ..presets import count_flops, get_preset
+
+# %% ../../nbs/appendix/95_exercises.ipynb #61da1920
+def _mfu(passes=3, peak=989e12, **changes):
+    "Of 400,000 tokens a second on an H100"
+    flops = sum(count_flops(get_preset('nanowhale_100m', **changes), 2048).values())
+    return passes*flops*400_000/peak
+
+@prediction('mfu', within=0.03)
+def _utilisation(): return _mfu()
+
+@mistake('mfu', 'a backward pass costs two forward passes: you counted the forward pass alone')
+def _forward_alone(): return _mfu(passes=1)
+
+@mistake('mfu', 'that is the peak for matrices half of whose entries are zero: take the dense one')
+def _sparse_peak(): return _mfu(peak=2*989e12)
+
+@mistake('mfu', 'its MTP block computes logits a second time: count it as well')
+def _without_mtp(): return _mfu(num_nextn_predict_layers=0)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #17a9e6c2
 def _surprise(logits): return -logits.softmax(-1).log()

@@ -59,6 +59,12 @@ def _check_rows(rows, batch_size):
             'is the held-out text empty?')
     if batch_size<1: raise ValueError(f'batch_size={batch_size}: need 1 or more')
 
+def _guesses(whale, hidden, targets):
+    "For each row: how many likeliest guesses were right, and the sum of entropies"
+    for h,y in zip(hidden, targets):            # the logits of one row at a time
+        z = whale.lm_head(h[y!=-100])
+        yield (z.argmax(-1)==y[y!=-100]).sum().item(), entropy(z).sum().item()
+
 # %% ../../nbs/2_training/21_evaluate.ipynb #b4f63ff6
 def evaluate(
     whale,              # a `Whale`
@@ -86,10 +92,9 @@ def evaluate(
             if out.mtp_loss is not None:
                 mtp_tokens += n_mtp
                 mtp_nats += n_mtp*out.mtp_loss.item()
-            for h,y in zip(out.hidden, targets):            # the logits of one row at a time
-                z = whale.lm_head(h[y!=-100])
-                right += (z.argmax(-1)==y[y!=-100]).sum().item()
-                expected += entropy(z).sum().item()
+            for hits,surprise in _guesses(whale, out.hidden, targets):
+                right += hits
+                expected += surprise
     if not tokens:
         raise ValueError('rows: no token has a predecessor in its document, '
             'so there is nothing to predict')

@@ -89,9 +89,17 @@ def mixes_of(
         whale(ids, labels=ids, docs=rows['docs'][:1])
     return mixes
 
-# %% ../../nbs/2_training/18_step.ipynb #5dd9a2fb
+# %% ../../nbs/2_training/18_step.ipynb #3f1c07aa
 LOSSES = ('loss', 'mtp_loss', 'balance_loss', 'indexer_loss')   # of a `WhaleOutput`
 
+def _losses(out):
+    "By name, those that a whale has; where nothing follows two ahead, that loss is zero"
+    losses = {name: getattr(out, name) for name in LOSSES}
+    if out.mtp_loss is None: losses['mtp_loss'] = torch.zeros_like(out.loss)
+    if out.indexer_loss is None: del losses['indexer_loss']
+    return losses
+
+# %% ../../nbs/2_training/18_step.ipynb #5dd9a2fb
 def add_gradients(
     net:nn.Module,           # a `Whale`, or what `spread` made of it; its gradients are added to
     rows:dict[str, Tensor],  # input_ids and docs [n,T+1]: this process's rows of the step
@@ -115,19 +123,16 @@ def add_gradients(
         with cast(share.device, precision), exchanging(net, i==len(batches)-1), looking as mixes:
             labels = batch.get('labels', batch['input_ids'])
             out = net(batch['input_ids'], labels=labels, docs=batch['docs'], sparse=sparse)
-            losses = {name: getattr(out, name) for name in LOSSES}
-            if out.mtp_loss is None: losses['mtp_loss'] = torch.zeros_like(out.loss)
-            if out.indexer_loss is None: del losses['indexer_loss']
-            names = list(losses)
+            losses = _losses(out)
             parts = torch.stack(list(losses.values()))
-            parts = parts*share[:len(names)].to(parts)
-            weights = [1., mtp_weight, balance_weight, indexer_weight][:len(names)]
+            parts = parts*share[:len(losses)].to(parts)
+            weights = [1., mtp_weight, balance_weight, indexer_weight][:len(losses)]
             # processes average their gradients, and we want the sum
             ((parts*parts.new_tensor(weights)).sum()*n_ranks()).backward()
         sums = sums+parts.detach()
         load = load+out.expert_load
     both = total(torch.cat([sums.double(), load.flatten().double()]))
-    return dict(zip(names, both)), both[len(names):].view_as(load), mixes
+    return dict(zip(losses, both)), both[len(losses):].view_as(load), mixes
 
 # %% ../../nbs/2_training/18_step.ipynb #467cdf77
 def first_not_finite(
@@ -205,7 +210,7 @@ def load_balance(
         busiest_share=shares.max())
     return {k: v.item() for k,v in worst.items()}
 
-# %% ../../nbs/2_training/18_step.ipynb #7eafc268
+# %% ../../nbs/2_training/18_step.ipynb #91d8e2b4
 @torch.no_grad()
 def update_router_bias(
     whale:Whale,         # the model
@@ -219,6 +224,15 @@ def update_router_bias(
     for gate,load in zip(gates, expert_load):
         bias = getattr(gate, 'e_score_correction_bias', None)   # a table has none
         if bias is not None: bias.copy_(bias_step(bias, load, speed))
+
+# %% ../../nbs/2_training/18_step.ipynb #7eafc268
+def _move(whale, opts, recipe, norm, factor):
+    "Clip the whole gradient; each optimizer takes its step, at its own rate"
+    for p in whale.parameters():
+        if p.grad is not None and norm>recipe.clip: p.grad.mul_(recipe.clip/norm)
+    for opt,lr in zip(opts, (recipe.lr, recipe.muon_lr)):
+        for group in opt.param_groups: group['lr'] = lr*factor
+        opt.step()
 
 def train_step(
     net:nn.Module,                      # from `spread`: what is called
@@ -245,11 +259,7 @@ def train_step(
     m |= {k: v.item() for k,v in mixes.items()}
     m['skipped'] = int(not math.isfinite(norm+m['loss']))
     if not m['skipped']:
-        for p in whale.parameters():
-            if p.grad is not None and norm>recipe.clip: p.grad.mul_(recipe.clip/norm)
-        for opt,lr in zip(opts, (recipe.lr, recipe.muon_lr)):
-            for group in opt.param_groups: group['lr'] = lr*factor
-            with cast(load.device, recipe.precision): opt.step()   # Muon is made of products
+        _move(whale, opts, recipe, norm, factor)
         whale.update_router_bias(load, recipe.bias_speed)
     for opt in opts: opt.zero_grad()
     return m
