@@ -325,6 +325,7 @@ def obey(
     chat.save(path)
     return f'(saved in {path})'
 
+# %% ../../nbs/3_generation/26_chat.ipynb #a286a159
 def talk(
     chat:Chat,     # a conversation
     ask=input,     # called with what invites a line; EOFError ends the conversation

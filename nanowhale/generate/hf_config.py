@@ -78,6 +78,7 @@ def yarn_fields(
     context = rope.get('original_max_position_embeddings', 65536)
     return dict(yarn_factor=rope.get('factor'), yarn_context=context)
 
+# %% ../../nbs/3_generation/27_hf_config.ipynb #05a37b11
 def rope_fields(
     d:dict,  # a config.json
 )->dict:     # rotation of plain and of compressed layers
