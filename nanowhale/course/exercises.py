@@ -674,6 +674,30 @@ def _no_end_mark(ids, who):
 @mistake('answer_labels', 'do not shift: the model shifts labels itself')
 def _shifted(ids, who): return _answers(ids, who)[1:]+[-100]
 
+# %% ../../nbs/appendix/95_exercises.ipynb #9b23af93
+@prediction('chat_floor', within=0.02)
+def _chance(): return 5*math.log(8)/16
+
+@mistake('chat_floor', 'the answer repeats a letter that was read: it costs nothing')
+def _answer_by_chance(): return 6*math.log(8)/16
+
+@mistake('chat_floor', 'those are bits: a letter in eight costs ln 8 nats')
+def _bits_of_letters(): return 5*3/16
+
+@mistake('chat_floor', 'that is the whole conversation: divide by its 16 targets')
+def _whole_conversation(): return 5*math.log(8)
+
+@prediction('bf16_edge', within=0)
+def _edge():
+    powers = [2.**-k for k in range(9, -3, -1)]
+    return min(p for p in powers if (torch.tensor(p).bfloat16()+0.001).item()==p)
+
+@mistake('bf16_edge', 'there a step is still more than half the distance: it is rounded up')
+def _rounded_up(): return 0.25
+
+@mistake('bf16_edge', 'bfloat16 keeps 8 binary digits, the leading one among them')
+def _a_digit_more(): return 1.
+
 # %% ../../nbs/appendix/95_exercises.ipynb #051ae657
 _SHAPES = dict(embed=(50, 8), q=(12, 8), norm=(8,), up=(5, 14, 8), down=(5, 8, 7),
     shared=(14, 8), head=(50, 8))

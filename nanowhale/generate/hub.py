@@ -99,6 +99,7 @@ def check_size(
         raise ValueError(f'max_shard_size={size!r}: '
             'need a number with KB, MB, GB or TB, such as 5GB')
 
+# %% ../../nbs/3_generation/31_hub.ipynb #53332b22
 def export(
     folder:str|Path,                # checkpoint folder, or a model on the Hub
     out:str|None=None,              # new folder to write
