@@ -5,6 +5,7 @@ from nanowhale import cli, processor, run
 from nanowhale.fast import bench
 from nanowhale.processor import Processor, bf16_by_flags, differs, float32_library, instruction_set, machine_facts
 from nanowhale.run import settle, new_spec
+from nanowhale.train import loop
 from runs import SMALL, jsonl, last_line, nanowhale, texts
 
 MACHINES = {   # what Linux says -> instruction set, library, bfloat16
@@ -79,6 +80,17 @@ def test_a_model_of_half_precision_in_a_trap(trap, tmp_path, capsys):
     train_tokenizer(texts(20), 300).save_pretrained(folder)
     whale,_ = cli.load(torch.device('cpu'), folder)
     assert whale.lm_head.weight.dtype==torch.float32 and 'taken as float32' in capsys.readouterr().err
+
+@pytest.mark.parametrize('same', [True, False])
+def test_a_device_that_nobody_tried_must_agree(same, monkeypatch, capsys):
+    "`meta` stands for a device that is no CPU and no GPU of NVIDIA's"
+    monkeypatch.setattr(loop, 'agrees', lambda device: same)
+    if same:
+        assert loop.pick_device('meta').type=='meta' and 'never tried by its authors' in capsys.readouterr().err
+    else:
+        with pytest.raises(ValueError, match="first product is not the CPU's; use cpu"): loop.pick_device('meta')
+
+def test_a_cpu_agrees_with_itself(): assert loop.agrees(torch.device('cpu'))
 
 def test_a_run_notes_its_processor(tmp_path):
     (tmp_path/'words.jsonl').write_text(jsonl(texts()))

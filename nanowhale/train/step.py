@@ -228,11 +228,12 @@ def update_router_bias(
 # %% ../../nbs/2_training/18_step.ipynb #7eafc268
 def _move(whale, opts, recipe, norm, factor):
     "Clip the whole gradient; each optimizer takes its step, at its own rate"
+    device = next(whale.parameters()).device
     for p in whale.parameters():
         if p.grad is not None and norm>recipe.clip: p.grad.mul_(recipe.clip/norm)
     for opt,lr in zip(opts, (recipe.lr, recipe.muon_lr)):
         for group in opt.param_groups: group['lr'] = lr*factor
-        opt.step()
+        with cast(device, recipe.precision): opt.step()   # Muon is made of products
 
 def train_step(
     net:nn.Module,                      # from `spread`: what is called
