@@ -3,8 +3,6 @@ const $ = id => document.getElementById(id)
 const here = new URL('.', import.meta.url)
 let whale, tokenizer, about, running = false
 
-const failed = 'The whale needs a web server: python -m http.server, in the folder of the site.'
-
 async function wake() {
   const {load} = await import('./load.js');
   ({whale, tokenizer, about} = await load(new URL('whale/model', here).href, said => $('live-status').textContent = said))
@@ -27,7 +25,7 @@ async function write() {
       $('live-status').textContent = `${++tokens} tokens written, one after the other, by ${about.parameters.toLocaleString('en')} weights.`
       await new Promise(done => setTimeout(done))
     }
-  } catch (error) { $('live-status').textContent = location.protocol==='file:' ? failed : `The whale could not be loaded: ${error.message}` }
+  } catch (error) { $('live-status').textContent = `The whale could not be loaded: ${error.message}` }
   running = false
   $('live-go').textContent = whale ? 'Write again' : 'Try again'
 }
