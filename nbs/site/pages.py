@@ -4,6 +4,7 @@ Whatever is listed here is read from the notebooks, so a chapter that is added l
 `questions.json`, the questions that people ask in public, and the table of paths in `nbs/index.ipynb`.
 """
 import json, re, sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,7 @@ def table(heads, rows): return '\n'.join(f'| {" | ".join(map(str, r))} |' for r 
 
 # ---------------------------------------------------------------- minutes
 
+@cache
 def reading(path):
     "Minutes: 200 words or 20 lines of code in each; exercises have minutes of their own"
     row = course.measure(path)
