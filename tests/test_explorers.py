@@ -384,7 +384,7 @@ def assert_mixes(page, whale, ids, at):
         assert_close(torch.tensor([[float(x) for x in r] for r in rows[:-1]]), torch.cat([comb[at], pre[at][:,None]], 1), rtol=0, atol=.0051)
         assert_close(torch.tensor([float(x) for x in rows[-1] if x]), post[at], rtol=0, atol=.0051)
 
-READY = {'routing': 'document.querySelector("#load").childElementCount', 'whale': 'document.body.dataset.ready'}
+READY = {'routing': 'document.querySelectorAll("#load .bar").length', 'whale': 'document.body.dataset.ready'}
 
 class TestPages:
     pytestmark = slow_page

@@ -94,4 +94,5 @@ if __name__=='__main__':
     with tempfile.TemporaryDirectory() as d:
         if not args.model: train(Path(d)/'whale')
         export(args.model or Path(d)/'whale', args.out)
-    print(f'{sum(f.stat().st_size for f in args.out.iterdir())/1e6:.1f} MB in {args.out}')
+    size = sum(f.stat().st_size for f in args.out.iterdir() if f.name!='whale.zip')
+    print(f'{size/1e6:.1f} MB in {args.out}')
