@@ -323,6 +323,14 @@ def test_pages_read_well_before_their_script(page):
         assert not re.findall(r'<div id="(?!controls|settings)\w+"[^>]*></div>', text), 'an empty box'
     assert '<noscript>' in text
 
+@pytest.mark.parametrize('page', BEFORE, ids=lambda p: p.parent.name if p.name=='index.html' else 'home')
+def test_scripts_find_what_they_look_for(page):
+    "Every `$('id')` and `show('id'` of a script is an element of its page, and stands there once"
+    script = page.with_name('home.js') if page.name=='home.html' else next(page.parent.glob('*.js'))
+    wanted = set(re.findall(r"(?:\$|show|drawGuesses|chart)\('([\w-]+)'", script.read_text(encoding='utf-8')))
+    ids = re.findall(r'\sid="([\w-]+)"', page.read_text(encoding='utf-8'))
+    assert wanted and wanted<=set(ids) and len(ids)==len(set(ids)), (wanted-set(ids), ids)
+
 def test_the_whale_is_as_large_as_its_pages_say():
     "Half precision: two bytes a weight, and 0.11 MB of vocabulary"
     assert round((2*sum(p.numel() for p in Whale(tiny()).parameters())+110e3)/1e6)==5
