@@ -242,6 +242,99 @@ def test_tokens(folder):
     half = tok.encode('🐳', add_special_tokens=False)[:1]
     assert js('say(new Tokenizer(json("tokenizer.json")).decode(given.ids))', folder=str(folder), ids=half)=='\ufffd'
 
+# ---------------------------------------------------------------- the whale that can be taken home, and the one of the home page
+
+def test_the_folder_to_download_opens_elsewhere(folder, tmp_path):
+    "whale.zip: the package loads it, and so does transformers, with the same logits"
+    whale,ids = build.export(folder, tmp_path/'out'),random.Random(1).choices(range(400), k=9)
+    shutil.unpack_archive(tmp_path/'out/whale.zip', tmp_path)
+    model = tmp_path/'whale'
+    assert sorted(p.name for p in model.iterdir())==['README.md', 'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    assert_close(build.logits(Whale.from_pretrained(model).float(), ids), build.logits(whale, ids))
+    assert load_tokenizer(model).encode(EXAMPLE)==load_tokenizer(folder).encode(EXAMPLE)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation='eager').eval()
+    with torch.no_grad(): assert_close(there(torch.tensor([ids])).logits[0], build.logits(whale, ids), rtol=0, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(model).encode(EXAMPLE)==load_tokenizer(folder).encode(EXAMPLE)
+
+@needs_node
+def test_a_text_goes_on(folder, tmp_path):
+    "At temperature 0 as `generate` does; and no further than there are positions"
+    whale,tok = build.export(folder, tmp_path),load_tokenizer(folder)
+    code = 'const t = new Tokenizer(json("tokenizer.json")); say([...whale.goOn(load(), t, given.text, given.n, 0)])'
+    ids = [tok.bos_token_id, *tok.encode(EXAMPLE, add_special_tokens=False)]
+    want = generate(whale, torch.tensor([ids]), 12, temperature=0)[0,len(ids):].tolist()
+    want = want[:want.index(tok.eos_token_id)] if tok.eos_token_id in want else want
+    assert js(code, folder=str(tmp_path), text=EXAMPLE, n=12)==[tok.decode([i]) for i in want] and len(want)>1
+    short = code.replace('load()', 'Object.assign(load(), {config: {...load().config, max_position_embeddings: given.most}})')
+    assert len(js(short, folder=str(tmp_path), text=EXAMPLE, n=12, most=len(ids)+1))<=1
+
+HOME = '''import fs from "node:fs"
+import {fileURLToPath} from "node:url"
+const given = JSON.parse(fs.readFileSync(0)), said = [], asked = []
+const element = id => ({id, text: "", value: given.text, on: {}, addEventListener(kind, f) { this.on[kind] = f },
+  set textContent(t) { this.text = t; said.push([id, t]) }, get textContent() { return this.text },
+  replaceChildren(...x) { this.text = x.map(e => e.text).join("") }, append(x) { this.text += x }})
+const all = Object.fromEntries(["live-text", "live-go", "live-status", "live-out"].map(id => [id, element(id)]))
+globalThis.document = {getElementById: id => all[id], createElement: () => element("b")}
+globalThis.fetch = async url => {
+  asked.push(url)
+  const bytes = url.startsWith("file:") && given.folder ? fs.readFileSync(given.folder+"/"+url.split("/").at(-1)) : null
+  return new Response(bytes, {status: bytes ? 200 : 404, headers: bytes ? {"content-length": bytes.length} : {}})
+}
+await import(given.script)
+const before = [said.length, asked.length]
+await all["live-go"].on.click()
+console.log(JSON.stringify({before, said, asked, out: all["live-out"].text, button: all["live-go"].text, status: all["live-status"].text}))
+'''
+
+def home(**given):
+    given = dict(text=EXAMPLE, script=(EXPLORERS/'home.js').as_uri()) | given
+    res = subprocess.run(['node', '--input-type=module', '-e', HOME], input=json.dumps(given), capture_output=True, text=True, timeout=PATIENCE)
+    assert res.returncode==0, res.stderr[-3000:]
+    return json.loads(res.stdout)
+
+@needs_node
+def test_the_home_page_loads_nothing_before_it_is_asked(folder, tmp_path):
+    whale = build.export(folder, tmp_path)
+    got = home(folder=str(tmp_path))
+    assert got['before']==[0, 0] and {u.rsplit('/', 1)[1] for u in got['asked']}=={'config.json', 'tokenizer.json', 'about.json', 'model.safetensors'}
+    assert any(re.fullmatch(r'Reading the whale: [\d.]+ of [\d.]+ MB', t) for _,t in got['said'])
+    assert got['out'].startswith(EXAMPLE) and got['button']=='Write again' and f'{whale.n_params():,} weights' in got['status']
+
+@needs_node
+def test_a_home_page_without_its_whale_says_so():
+    assert home(folder='')['status'].startswith('The whale could not be loaded: ')
+    assert home(folder='')['button']=='Try again'
+
+# ---------------------------------------------------------------- what stands on a page before its script has run
+
+BEFORE = sorted([*EXPLORERS.glob('*/index.html'), EXPLORERS/'home.html'])
+LATER = {'pace', 'came', 'tally', 'difference', 'about', 'verdict', 'changed'}   # sentences of their own, added below what stands there
+
+@pytest.mark.parametrize('page', BEFORE, ids=lambda p: p.parent.name if p.name=='index.html' else 'home')
+def test_pages_read_well_before_their_script(page):
+    "No hole in a heading, a sentence, or beside a slider; where a whale is loaded, what it is and how large"
+    text = page.read_text(encoding='utf-8')
+    holes = [m for m in re.findall(r'<(?:span|output|h1|h2|p|caption)\b[^>]*></', text) if not (i := re.search(r'id="(\w+)"', m)) or i[1] not in LATER]
+    assert not holes, holes
+    if 'hale…' in text or re.search(r'id="(?:live-)?status"', text):
+        assert re.search(r'id="(?:live-)?status"[^>]*>[^<]*about 5 MB, [^<]*weights and [^<]*vocabulary', text)
+        assert not re.findall(r'<div id="(?!controls|settings)\w+"[^>]*></div>', text), 'an empty box'
+    assert '<noscript>' in text
+
+@pytest.mark.parametrize('page', BEFORE, ids=lambda p: p.parent.name if p.name=='index.html' else 'home')
+def test_scripts_find_what_they_look_for(page):
+    "Every `$('id')` and `show('id'` of a script is an element of its page, and stands there once"
+    script = page.with_name('home.js') if page.name=='home.html' else next(page.parent.glob('*.js'))
+    wanted = set(re.findall(r"(?:\$|show|drawGuesses|chart)\('([\w-]+)'", script.read_text(encoding='utf-8')))
+    ids = re.findall(r'\sid="([\w-]+)"', page.read_text(encoding='utf-8'))
+    assert wanted and wanted<=set(ids) and len(ids)==len(set(ids)), (wanted-set(ids), ids)
+
+def test_the_whale_is_as_large_as_its_pages_say():
+    "Half precision: two bytes a weight, and 0.11 MB of vocabulary"
+    assert round((2*sum(p.numel() for p in Whale(tiny()).parameters())+110e3)/1e6)==5
+
 # ---------------------------------------------------------------- the pages in a browser
 
 slow_page = [pytest.mark.slow, pytest.mark.skipif(not browser.chromium(), reason='needs a Chromium')]
@@ -299,7 +392,7 @@ def assert_mixes(page, whale, ids, at):
         assert_close(torch.tensor([[float(x) for x in r] for r in rows[:-1]]), torch.cat([comb[at], pre[at][:,None]], 1), rtol=0, atol=.0051)
         assert_close(torch.tensor([float(x) for x in rows[-1] if x]), post[at], rtol=0, atol=.0051)
 
-READY = {'routing': 'document.querySelector("#load").childElementCount', 'whale': 'document.body.dataset.ready'}
+READY = {'routing': 'document.querySelectorAll("#load .bar").length', 'whale': 'document.body.dataset.ready'}
 
 class TestPages:
     pytestmark = slow_page

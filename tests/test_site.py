@@ -2,13 +2,14 @@
 import ast, importlib.util, json, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'nbs/site'))
-import api, browser  # noqa: E402
+import api, browser, made  # noqa: E402
+import pages as entrance  # noqa: E402
 spec = importlib.util.spec_from_file_location('site_build', ROOT/'nbs/site/build.py')   # `build` is another package's name, too
 build = importlib.util.module_from_spec(spec); spec.loader.exec_module(build)
 
@@ -85,6 +86,96 @@ def test_stamp_sees_every_source(monkeypatch):
         monkeypatch.setattr(Path, 'read_bytes', lambda p: read(p)+(b' ' if p==ROOT/name else b''))
         assert build.stamp()!=before, name
 
+# ---------------------------------------------------------------- pages that are made of the chapters
+
+QUESTIONS,ANSWERS = entrance.asked(),entrance.answers()
+
+def test_every_question_about_v4_is_answered():
+    "Once in a chapter; no cell answers what nobody asks"
+    numbers = [q['number'] for q in QUESTIONS]
+    assert sorted(numbers)==list(range(1, len(numbers)+1)) and set(ANSWERS)<=set(numbers)
+    open_ones = [f'{q["number"]}: {q["question"]}' for q in QUESTIONS if q['number'] not in ANSWERS and 'beyond' not in q]
+    assert not open_ones, open_ones
+    for n,at in ANSWERS.items(): assert len({f for f,_ in at})==len(at), f'question {n} twice in a chapter'
+
+@pytest.mark.parametrize('q', QUESTIONS, ids=lambda q: str(q['number']))
+def test_links_of_a_question(q):
+    "Its threads can be addresses, its answers stand below headings that exist, and each names one of the threads"
+    assert q['threads'] or q['source']
+    for t in q['threads']: assert re.fullmatch(r'[\w.-]+/[\w.-]+#\d+', t)
+    for f,heading in ANSWERS.get(q['number'], []):
+        nb = build.read(f)
+        assert heading in [h for _,h in entrance.headings(nb)]
+        said = entrance.prose(nb)
+        named = [t for t in q['threads'] if re.search(re.escape(t).replace(r'\#', '/(issues|pull|discussions)/')+r'\b', said)]
+        assert named or not q['threads'], f'{f.stem}: no link to {q["threads"]}'
+
+def test_a_question_added_later_joins_by_itself(tmp_path, monkeypatch):
+    nb = notebook(cell('# T\n\n> sub', 'markdown'), cell('## A\n\n```python\n## no heading\n```\n\n### Is it?', 'markdown'), cell('#| question: 3\n1'))
+    (tmp_path/'2_training').mkdir()
+    (tmp_path/'2_training/99_new.ipynb').write_text(json.dumps(nb))
+    monkeypatch.setattr(entrance, 'NBS', tmp_path)
+    assert [(f.stem, h) for f,h in entrance.answers()[3]]==[('99_new', 'Is it?')]
+    monkeypatch.setattr(entrance, 'asked', lambda: [q for q in QUESTIONS if q['number']==3])
+    assert '[99 T](2_training/99_new.ipynb#is-it)' in entrance.questions_page()
+
+def test_every_exercise_is_listed():
+    "As many as the chapters have, and in part 1 of three kinds: predict, change, ask the paper"
+    listed = list(entrance.exercises())
+    for f in build.chapters():
+        text = entrance.prose(build.read(f)).partition('## Exercises')[2].partition('\n## ')[0]
+        here = [e for e in listed if e['chapter']==f]
+        assert [str(e['number']) for e in here]==re.findall(r'^\*\*(\d)\. ', text, flags=re.M), f.stem
+        if f.parent.name=='1_architecture' and here: assert [e['kind'] for e in here]==['predict', 'change', 'paper'], f.stem
+    page = entrance.exercises_page()
+    for e in listed: assert f'{e["number"]}. {entrance.cell(e["title"])} |' in page
+
+def test_paths_take_what_they_say():
+    "Hours in the table of the first page, beside those that are counted: a fifth more or less, since chapters change"
+    table = entrance.prose(build.read(ROOT/'nbs/index.ipynb'))
+    assert list(entrance.paths())==['Three hours', 'A weekend', 'All of it']
+    for name,(steps,can) in entrance.paths().items():
+        said = re.search(rf'\*\*{name}\*\*: (\d+)([¼½¾]?)(?: hours)? of reading(?:, (\d+) of exercises)?, (\d+) minutes of computing', table)
+        hours = int(said[1])+'¼½¾'.find(said[2] or '¼')*.25+.25*bool(said[2])
+        counted = dict(reading=sum(map(entrance.reading, steps))/60, computing=sum(map(entrance.computing, steps))/60, exercises=entrance.exercising()/60)
+        given = dict(reading=hours, computing=int(said[4])) | (dict(exercises=int(said[3])) if said[3] else {})
+        for what,much in given.items(): assert 0.8*much<=counted[what]<=1.2*much, f'{name}: {counted[what]:.1f} of {what}, not {much}'
+        assert can.endswith('.') and len(steps)>5
+    steps = entrance.paths()['Three hours'][0]
+    assert sum(map(entrance.reading, steps))+sum(map(entrance.computing, steps))/60<=180
+    assert {*build.chapters()}-{*entrance.paths()['All of it'][0]}=={f for f in build.chapters() if f.parent.name in ('0_start', 'appendix')}-{*steps}
+
+def test_hours_in_words():
+    assert [entrance.hours(m) for m in (4.4, 89, 95, 112, 480, 610)]==['4 minutes', '89 minutes', '1½ hours', '1¾ hours', '8 hours', '10 hours']
+
+def test_all_links_that_leave_are_listed():
+    found,page = entrance.outer_links(),entrance.links_page()
+    assert any(f.stem=='08_moe' and entrance.link(f) in found['https://arxiv.org/abs/2412.19437'] for f in build.chapters())
+    for url in found: assert f']({url}): ' in page
+
+def test_home_begins_with_something_to_play_with():
+    "Title, what it is, the whale that writes, the paths; nothing that the README says is lost"
+    nb = build.read(ROOT/'nbs/index.ipynb')
+    cells = [''.join(c['source']) for c in build.home(nb, {})['cells']]
+    assert cells[0].startswith('# nanowhale') and len(cells[0])<250 and 'id="live-go"' in cells[1]
+    assert sum('class="paths"' in c for c in cells)==1 and next(i for i,c in enumerate(cells) if 'class="paths"' in c)<5
+    text = '\n'.join(cells)
+    for block in entrance.prose(nb).split('\n\n'):
+        if block.startswith('| ') or '[on the site]' in block: continue
+        assert block.removeprefix('> ') in text, block[:60]
+
+@pytest.mark.parametrize('given,made_of', [('](../../CONTRIBUTING.md)', '](../CONTRIBUTING.md)'), ('](../CONTRIBUTING.md)', '](CONTRIBUTING.md)'),
+    ('](https://nanowhale.github.io/nanowhale/course.html)', '](course.md)'), ('](https://nanowhale.github.io/nanowhale/)',)*2])
+def test_links_that_are_right_on_github_are_right_on_the_site(given, made_of): assert build.inside(given)==made_of
+
+def test_dead_links_and_weights(tmp_path):
+    (tmp_path/'a').mkdir()
+    (tmp_path/'p.png').write_bytes(b'x'*500)
+    (tmp_path/'a/b.html').write_text('<h1 id="here">b</h1><a href="../c.html#there"></a><a href="#here"></a><a href="https://x.org/y"></a><img src="../p.png">')
+    (tmp_path/'c.html').write_text('<a href="a/b.html#here"></a><a href="a/b.html#gone"></a><a href="d.html"></a><img src="q.png">')
+    assert list(made.dead_links(tmp_path))==['a/b.html: ../c.html#there', 'c.html: a/b.html#gone', 'c.html: d.html', 'c.html: q.png']
+    assert made.heaviest(tmp_path)[0]==((tmp_path/'a/b.html').stat().st_size+500, 'a/b.html')
+
 # ---------------------------------------------------------------- the site itself
 
 SITE = build.OUT
@@ -110,18 +201,27 @@ class Page(HTMLParser):
 
 @pytest.mark.slow
 def test_every_link_leads_somewhere(site):
-    parsed,dead,outside = {p: Page(site/p) for p in pages()},[],[]
-    for name,page in parsed.items():
-        for tag,link in page.links:
-            url = urlsplit(link)
-            if url.scheme or url.netloc:
-                if tag!='a' and not link.startswith(('data:', build.settings()['doc_host'])): outside.append(f'{name}: {link}')
-                continue
-            to = ((site/name).parent/unquote(url.path)).resolve() if url.path else site/name
-            target = to.relative_to(site).as_posix() if to.is_relative_to(site) else ''
-            lost = target in parsed and url.fragment and url.fragment not in parsed[target].ids
-            if not to.exists() or lost: dead.append(f'{name}: {link}')
-    assert not dead and not outside, [*dead, *outside]
+    "Explorers and made pages among them; and a page asks for no script, style or picture of another host"
+    away = [f'{name}: {link}' for name in pages() for tag,link in Page(site/name).links
+        if tag!='a' and urlsplit(link).netloc and not link.startswith(build.settings()['doc_host'])]
+    assert not [*made.dead_links(site), *away]
+
+@pytest.mark.slow
+def test_no_page_is_heavy(site):
+    heavy = [(n, name) for n,name in made.heaviest(site) if n>made.MOST]
+    assert not heavy, heavy
+
+@pytest.mark.slow
+def test_pages_follow_in_the_order_of_reading(site):
+    "From the first page through the chapters: each names the next"
+    def after(name): return re.search(r'<a class="next-page" href="([^"]+)"', (site/name).read_text(encoding='utf-8'))
+    name,seen = 'index.html',[]
+    while m := after(name):
+        name = ((site/name).parent/m[1]).resolve().relative_to(site.resolve()).as_posix()
+        seen.append(name.removesuffix('.html'))
+    chapters = [build.name_of(f) for f in build.chapters() if f.parent.name!='0_start']
+    assert seen[:3]==['0_start/ten_minutes', 'course', chapters[0]] and [n for n in seen if n in chapters]==chapters
+    assert {'questions', 'exercises', 'links', '0_start/glossary', '0_start/swap'}<={*seen}
 
 @pytest.mark.slow
 def test_every_chapter_has_its_links_and_neighbours(site):

@@ -11,13 +11,16 @@ import argparse, hashlib, json, re, shutil, subprocess, sys, tarfile, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import made  # noqa: E402
+import pages  # noqa: E402
+from pages import PARTS, chapters, name_of, number, read, solutions, source, title  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 NBS,SITE,OUT,WORK = ROOT/'nbs', ROOT/'nbs/site', ROOT/'_site', ROOT/'_proc/site'
 SRC = WORK/'src'
 MATHJAX = '3.2.2'
-PARTS = {'1_architecture': 'The architecture', '2_training': 'Training', '3_generation': 'Generation', '4_speed': 'Speed',
-    '5_evidence': 'Evidence', '6_beyond': 'Beyond', 'appendix': 'Appendix'}   # folder -> what it is called
-PAGES = dict(CONTRIBUTING='CONTRIBUTING.md', TESTS='tests/README.md', CHANGELOG='CHANGELOG.md')   # of the site -> files
+PAGES = pages.OWN   # of the site -> files
 EXPLORERS = dict(   # folder of nbs/site/explorers -> the chapter that shows it, and what it is called there
     rope=('1_architecture/04_rope', 'only the distance counts'), sinkhorn=('1_architecture/09_hyper', 'reins on a matrix'),
     routing=('1_architecture/08_moe', 'who reads which token'), whale=('3_generation/24_sample', 'a live whale'))
@@ -35,14 +38,12 @@ if 'COLAB_RELEASE_TAG' in os.environ:   # on Colab: fetch the course, install it
     sys.path.insert(0, os.path.abspath('course'))   # where nanowhale.course is, which the wheel leaves out
     %cd -q course/nbs/FOLDER"""
 
-def chapters(): return sorted(p for part in PARTS for p in NBS.glob(f'{part}/[!.]*.ipynb'))
-def solutions(): return sorted(NBS.glob('solutions/[!.]*.ipynb'))
-def name_of(path): return path.relative_to(NBS).with_suffix('').as_posix()
 def shown(): return {name: at for name,at in EXPLORERS.items() if (SITE/'explorers'/name/'index.html').exists()}
 
 def stamp():
     "One number for all that the site is made of: it tells whether _site/ is still true"
-    files = [*NBS.rglob('*.ipynb'), *(ROOT/'nanowhale').rglob('*.py'), *SITE.rglob('*'), *(ROOT/n for n in ('settings.ini', *PAGES.values()))]
+    files = [*NBS.rglob('*.ipynb'), *(ROOT/'nanowhale').rglob('*.py'), *SITE.rglob('*'),
+        *(ROOT/n for n in ('settings.ini', 'results/course.json', 'results/tiny.json', *PAGES.values()))]
     h = hashlib.sha256()
     for f in sorted(f for f in files if f.is_file() and not {'__pycache__', 'node_modules', '.ipynb_checkpoints'} & {*f.parts}):
         h.update(f.relative_to(ROOT).as_posix().encode()+b'\0'+f.read_bytes())
@@ -50,8 +51,6 @@ def stamp():
 
 # ---------------------------------------------------------------- notebooks
 
-def read(path): return json.loads(path.read_text(encoding='utf-8'))
-def source(cell): return ''.join(cell['source'])
 def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
 
 def install(name): return INSTALL.replace('FOLDER', name.rpartition('/')[0]).rstrip('/')
@@ -112,18 +111,34 @@ def page(name, nb, names):
     lang = dict(name='python', pygments_lexer='ipython3')
     return dict(cells=cells, metadata=dict(kernelspec=nb['metadata'].get('kernelspec', {}), language_info=lang), nbformat=4, nbformat_minor=5)
 
-def title(nb): return re.search(r'^# (.*)', source(nb['cells'][0]), flags=re.M)[1]
-
 def toctree(caption, lines): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n'+'\n'.join(lines)+'\n```'
 
+def entry(f): return f'{number(f)} {title(read(f))} <{name_of(f)}>'.strip()
+
 def contents(modules):
-    "The navigation: chapters by their parts, then the reference and the project's own pages"
-    trees = []
-    for part,caption in PARTS.items():
-        at = [f for f in chapters() if f.parent.name==part]
-        if at: trees.append(toctree(caption, [f'{f.stem[:2]} {title(read(f))} <{name_of(f)}>' for f in at]))
-    if solutions(): trees.append(toctree('Solutions', [f'{title(read(f))} <{name_of(f)}>' for f in solutions()]))
+    "The navigation in the order of reading: the way in, chapters by their parts, what is looked up, then the reference and the project's own pages"
+    first,*use = [f for f in chapters() if f.parent.name=='0_start']
+    trees = [toctree('Start here', [entry(first), 'course'])]
+    for part in [p for p in PARTS if p!='0_start']:
+        if at := [f for f in chapters() if f.parent.name==part]: trees.append(toctree(PARTS[part][0], map(entry, at)))
+    trees.append(toctree('Use and look up', [*map(entry, use), *(n for n in pages.MADE if n!='course')]))
+    if solutions(): trees.append(toctree('Solutions', map(entry, solutions())))
     return markdown('\n\n'.join([*trees, toctree('Reference', [f'{m} <api/{m}>' for m in modules]), toctree('The project', list(PAGES))]))
+
+def live():
+    "The whale of the home page: what stands there before a script runs is true and can be read"
+    return (SITE/'explorers/home.html').read_text(encoding='utf-8').strip()
+
+def home(nb, names):
+    "The first page: what it is, something to play with, the three paths, and then the rest of the README"
+    first = page('index', nb, names)
+    text = [source(c) if c['cell_type']=='markdown' else '' for c in first['cells']]
+    ways = next(i for i,t in enumerate(text) if t.startswith('## Three ways in'))
+    name,below,*intro = re.sub(r' You can read all of it \[on the site\]\([^)]*\)\.', '', text[0]).split('\n\n')
+    _,_,*rest = text[ways].split('\n\n')   # without heading and table
+    made = [f'{name}\n\n{below}', live(), *intro[::-1], '## Three ways in\n\n'+pages.cards(), *rest]
+    first['cells'] = [*map(markdown, made), *(c for i,c in enumerate(first['cells']) if i not in (0, ways))]
+    return first
 
 # ---------------------------------------------------------------- the whole
 
@@ -135,16 +150,24 @@ def write_notebooks(folder):
     for f in [NBS/'index.ipynb', *chapters(), *solutions()]:
         write(folder/f.relative_to(NBS), json.dumps(with_install(read(f), name_of(f)), indent=1, ensure_ascii=False)+'\n')
 
+def inside(text):
+    "Links that are right on GitHub, right on the site: to the project's own pages, and to pages that the site alone has"
+    cfg = settings()
+    text = re.sub(r'\]\((?:\.\./)((?:\.\./)*)CONTRIBUTING\.md\)', r'](\1CONTRIBUTING.md)', text)
+    return re.sub(rf'\]\({re.escape(cfg["doc_host"]+cfg["doc_baseurl"])}/(\w+)\.html', r'](\1.md', text)
+
 def write_sources():
     "All that Sphinx reads, in SRC"
     import api
     shutil.rmtree(SRC, ignore_errors=True)
-    names,pages = api.pages(ROOT, GIT, {m: (name_of(f), title(nb), nb) for f in chapters() if (m := exports(nb := read(f)))})
-    for m,text in pages.items(): write(SRC/f'api/{m}.md', text)
-    for f in [*chapters(), *solutions()]: write(SRC/f.relative_to(NBS), json.dumps(page(name_of(f), read(f), names)))
-    home = page('index', read(NBS/'index.ipynb'), names)
-    home['cells'].append(contents(sorted(pages)) | dict(id='contents'))
-    write(SRC/'index.ipynb', json.dumps(home).replace('../CONTRIBUTING.md', 'CONTRIBUTING.md'))
+    names,reference = api.pages(ROOT, GIT, {m: (name_of(f), title(nb), nb) for f in chapters() if (m := exports(nb := read(f)))})
+    for m,text in reference.items(): write(SRC/f'api/{m}.md', text)
+    for f in [*chapters(), *solutions()]: write(SRC/f.relative_to(NBS), inside(json.dumps(page(name_of(f), read(f), names))))
+    first = home(read(NBS/'index.ipynb'), names)
+    first['cells'].append(contents(sorted(reference)))
+    for n,c in enumerate(first['cells']): c['id'] = f'cell-{n}'
+    write(SRC/'index.ipynb', inside(json.dumps(first)))
+    for name,make in pages.MADE.items(): write(SRC/f'{name}.md', make())
     for name,path in PAGES.items():
         text = (ROOT/path).read_text(encoding='utf-8')
         write(SRC/f'{name}.md', text.replace('(tests/README.md)', '(TESTS.md)').replace('(../CONTRIBUTING.md)', '(CONTRIBUTING.md)'))
@@ -176,15 +199,15 @@ def run(*command):
 
 def add_explorers(hasty):
     "The explorers go along as they are; a whale that is not there yet is trained for them first, a hasty one for this site alone"
-    made = SITE/'explorers'
-    if not made.is_dir(): return
-    missing = (made/'build.py').exists() and not (made/'whale/model').exists()
-    if missing and not hasty: run(made/'build.py')
-    shutil.copytree(made, OUT/'explorers', ignore=shutil.ignore_patterns('*.py', 'package*.json', 'node_modules', '__pycache__'))
+    there = SITE/'explorers'
+    if not there.is_dir(): return
+    missing = (there/'build.py').exists() and not (there/'whale/model/whale.zip').exists()
+    if missing and not hasty: run(there/'build.py')
+    shutil.copytree(there, OUT/'explorers', ignore=shutil.ignore_patterns('*.py', 'package*.json', 'node_modules', '__pycache__', 'home.html'))
     if missing and hasty:
         with tempfile.TemporaryDirectory() as d:
             run('-c', 'import sys; from nanowhale.cli import main; sys.exit(main())', 'train', '--steps', 5, '--out', Path(d)/'whale')
-            run(made/'build.py', '--model', Path(d)/'whale', '--out', OUT/'explorers/whale/model')
+            run(there/'build.py', '--model', Path(d)/'whale', '--out', OUT/'explorers/whale/model')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,7 +231,9 @@ def main():
     add_explorers(a.hasty)
     write_notebooks(OUT/'notebooks')
     write(OUT/'.nojekyll', '')
+    if dead := list(made.dead_links(OUT)): sys.exit('\n'.join(['build.py: links that lead nowhere', *dead]))
     write(OUT/'.stamp', stamp())
+    print('heaviest pages, with their pictures:', *(f'{size/1000:6.0f} kB  {name}' for size,name in made.heaviest(OUT)), sep='\n')
     print(f'{len(list(OUT.rglob("*.html")))} pages in {OUT.relative_to(ROOT)}/: open index.html, or `python -m http.server -d {OUT.relative_to(ROOT)}`')
 
 if __name__=='__main__': sys.exit(main())

@@ -20,6 +20,6 @@ html_css_files,html_js_files = ['course.css'], ['course.js']
 html_show_sourcelink = html_copy_source = html_show_sphinx = False
 pygments_style,pygments_dark_style = 'tango', 'github-dark'
 html_theme_options = dict(
-    top_of_page_buttons=[], light_css_variables={'color-brand-primary': '#2a6fc4', 'color-brand-content': '#2a6fc4'},
+    top_of_page_buttons=[], navigation_with_keys=True, light_css_variables={'color-brand-primary': '#2a6fc4', 'color-brand-content': '#2a6fc4'},
     dark_css_variables={'color-brand-primary': '#6aa5e8', 'color-brand-content': '#6aa5e8'}, footer_icons=[dict(name='GitHub', url=GIT, html='GitHub')])
 copybutton_exclude = '.linenos, .gp, .go'

@@ -324,7 +324,8 @@ def explorers(args):
         rounded,exact = T.build.logits(small, ids),T.build.logits(full, ids)
         gap = lambda a, b: float(f'{(a-b).abs().max().item():.1e}')
         loss = lambda z: torch.nn.functional.cross_entropy(z[:-1], torch.tensor(ids[1:])).item()
-        record('explorers', browser=said, loads=args.loads, page_bytes=weight, model_bytes=sum(f.stat().st_size for f in (site/'whale'/'model').iterdir()),
+        loaded = [f for f in (site/'whale'/'model').iterdir() if f.name!='whale.zip']
+        record('explorers', browser=said, loads=args.loads, page_bytes=weight, model_bytes=sum(f.stat().st_size for f in loaded),
             seconds_to_first_prediction=dict(median=round(statistics.median(first), 3), all=[round(s, 3) for s in first]),
             milliseconds_per_token=dict(median=statistics.median(pace), all=pace),
             busy_processes=round(os.getloadavg()[0], 1), logits=dict(tokens=len(ids),

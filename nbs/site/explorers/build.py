@@ -3,9 +3,10 @@
     python nbs/site/explorers/build.py [--model FOLDER] [--out FOLDER]
 
 Without --model the default whale is trained first, which takes two minutes on two cores. The pages read config.json, tokenizer.json
-and model.safetensors; about.json says how good the whale is, and check.json holds logits of PyTorch's to compare theirs with.
+and model.safetensors; about.json says how good the whale is, check.json holds logits of PyTorch's to compare theirs with, and
+whale.zip is the folder that a reader may download.
 """
-import argparse, json, os, subprocess, sys, tempfile
+import argparse, json, os, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -52,7 +53,32 @@ def export(
     ids = [tok.bos_token_id, *tok.encode(SENTENCE, add_special_tokens=False)]
     heads = dict(logits=logits) | (dict(second=second) if len(whale.mtp) else {})
     compact(out/'check.json', dict(text=SENTENCE, ids=ids, **{name: [round(z, 5) for z in f(whale, ids)[-1].tolist()] for name,f in heads.items()}))
+    pack(model, out)
     return whale
+
+README = """A small whale, trained by `nanowhale train` on the English that ships with Python
+
+Its large matrices are in half precision. With the course installed:
+
+    nanowhale generate "The assert statement" --model whale
+
+With transformers alone:
+
+    from transformers import pipeline
+    pipeline("text-generation", model="whale")("The assert statement")
+"""
+
+def pack(
+    model,   # folder of the trained whale, for its tokenizer's files
+    out,     # folder with the weights as the pages read them
+):
+    "`out` as a checkpoint folder that other programs read: whale.zip"
+    given = {n: out/n for n in ('config.json', 'generation_config.json', 'model.safetensors')}
+    given |= {n: model/n for n in ('tokenizer.json', 'tokenizer_config.json')}
+    with zipfile.ZipFile(out/'whale.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        for name,file in given.items():
+            if file.exists(): z.write(file, f'whale/{name}')
+        z.writestr('whale/README.md', README)
 
 def train(out):
     "`nanowhale train`, in a process of its own"
@@ -68,4 +94,5 @@ if __name__=='__main__':
     with tempfile.TemporaryDirectory() as d:
         if not args.model: train(Path(d)/'whale')
         export(args.model or Path(d)/'whale', args.out)
-    print(f'{sum(f.stat().st_size for f in args.out.iterdir())/1e6:.1f} MB in {args.out}')
+    size = sum(f.stat().st_size for f in args.out.iterdir() if f.name!='whale.zip')
+    print(f'{size/1e6:.1f} MB in {args.out}')

@@ -221,6 +221,19 @@ export function draw(p, random=Math.random()) {     // the id at which the cumul
   return last
 }
 
+// A text goes on: up to n tokens, a piece at a time, until the whale says that it ends or has no more positions
+export function* goOn(whale, tokenizer, text, n, temperature=.7, k=40) {
+  const memory = whale.memory(), {bos_token_id, eos_token_id, max_position_embeddings: most} = whale.config
+  let logits
+  for (const id of [bos_token_id, ...tokenizer.encode(text)].slice(0, most)) ({logits} = whale.step(id, memory))
+  while (n-- && memory.length<most) {
+    const id = draw(probabilities(logits, temperature, k))
+    if (id===eos_token_id) return
+    yield tokenizer.decode([id]);
+    ({logits} = whale.step(id, memory))
+  }
+}
+
 // ---------------------------------------------------------------- a checkpoint folder
 
 const HALF = new Float32Array(2**16).map((_, u) => {

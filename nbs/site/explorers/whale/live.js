@@ -155,7 +155,7 @@ let timer
 try {
   const {about, size, ...rest} = await load(FOLDER, s => $('status').textContent = s);
   ({whale, tokenizer} = rest)
-  $('many').textContent = whale.config.vocab_size.toLocaleString('en')
+  $('many').textContent = `${whale.config.vocab_size.toLocaleString('en')} numbers`
   describe(about)
   $('twice').hidden = !whale.guessesTwice
   restart()
