@@ -36,7 +36,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             at_y = z.gather(1, y)
             top = z.amax(1, keepdim=True)
             s = z.sub_(top).exp_().sum(1, keepdim=True)
-            loss += ((top+s.log()-at_y)*on).sum()
+            loss = loss+((top+s.log()-at_y)*on).sum()       # not in place: see below
             if not grad: continue
             e = z.scatter_add_(1, y, -s).to(dtype)
             share = on/s
