@@ -175,9 +175,8 @@ def child(part, job, parent):
     from threading import Thread
     os.setpgrp()
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_DFL)
-    log = os.open(job.results/f'{part.key}.txt', os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    sys.stdout = sys.stderr = open(job.results/f'{part.key}.txt', 'w', buffering=1, encoding='utf-8')
+    for fd in (1, 2): os.dup2(sys.stdout.fileno(), fd)
     Thread(target=follow, args=(parent,), daemon=True).start()
     part.f(Notes(job.results/f'{part.key}.json'), job)
 
@@ -219,7 +218,7 @@ def stop(signum, frame): raise SystemExit(128+signum)
 
 def preload():
     "What all parts import, before they are begun as copies of this process; nothing here may touch the GPU"
-    import nanowhale.fast.bench, nanowhale.run   # noqa: F401, E401
+    import nanowhale.cli, nanowhale.fast.bench, nanowhale.run   # noqa: F401, E401
     from transformers import DeepseekV4ForCausalLM   # noqa: F401
 
 def run(args):
@@ -260,8 +259,9 @@ def go_through(parts, args, home, begun):
     say(f'results in {results}, and in {path}')
     preload()
     for part in parts:
-        seconds = min(part.seconds, 60*args.minutes-(time.time()-begun))
-        if seconds<LEAST: note(part, dict(ended='left out: no time was left'))
+        left = 60*args.minutes-(time.time()-begun)
+        seconds = min(part.seconds, left)
+        if left<LEAST: note(part, dict(ended='left out: no time was left'))
         else:
             note(part, dict(ended='stopped in the middle', bound=round(seconds, 1)))
             note(part, one_part(part, job, seconds, changed))

@@ -1,13 +1,15 @@
 """What tests/tools/gpu.py measures on a GPU: sections of parts in the order of their value, each with its bound in seconds.
 A part gets `note`, which adds figures to its file, and `job`: where things are, on which device, and how large all is to be"""
-import json, math, os, shutil, signal, subprocess, sys, time
+import math, os, shutil, subprocess, sys, time
 from collections import namedtuple
 from functools import partial
+from multiprocessing import get_context
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 import nanowhale.fast.attention, nanowhale.fast.experts, nanowhale.fast.loss
-from gpu import read, say, unpack_text
+from gpu import read, unpack_text
+from nanowhale.cli import main
 from nanowhale.fast.attention import row_mask
 from nanowhale.fast.bench import (adamw, alternate, ceilings, decode_rate, make_sides, prefill_job, there_and_back, token_bytes,
     training_job)
@@ -31,11 +33,11 @@ from nanowhale.train.optim import Muon
 from nanowhale.train.recipe import get_recipe
 from nanowhale.train.step import cast
 
-REAL = SimpleNamespace(preset='nanowhale_100m', all_kinds='nanowhale_v4', precision='bf16', rows=8, more=(16, 32), T=2048,
+REAL = SimpleNamespace(preset='nanowhale_100m', all_kinds='nanowhale_v4', precision='bf16', rows=8, more=(16, 32), context=2048, T=2048,
     prompt=128, new=64, batch=64, repeats=5, side=None, backend='inductor', evals=5, recipe={}, tokenizer=True, steps=None)
-SMALL = SimpleNamespace(preset='tiny', all_kinds='tiny_v4', precision='fp32', rows=2, more=(3,), T=160,
+SMALL = SimpleNamespace(preset='tiny', all_kinds='tiny_v4', precision='fp32', rows=2, more=(), context=48, T=160,
     prompt=8, new=4, batch=3, repeats=1, side=64, backend='eager', evals=3, recipe=dict(batch_size=2, accum=1, context=64),
-    tokenizer=False, steps=24)
+    tokenizer=False, steps=12)
 TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 def compiled(f, size): return torch.compile(f, dynamic=False, backend=size.backend)
@@ -71,7 +73,9 @@ def machine(note, job):
 
 # ---------------------------------------------------------------- sound
 
-Case = namedtuple('Case', 'plain fast leaves kept')    # `kept`: the input that stays float32 where products are bfloat16
+Case = namedtuple('Case', 'plain fast leaves full')    # `full`: the input that stays float32 where products are bfloat16
+
+def kept(out): return out[0], out[1].detach()   # the lse is no output of a compiled whale, and PyTorch 2.11 would refuse it as one
 
 def attention_case(c, some, T, C, window):
     "Three documents, a window, and entries from afar if there are any"
@@ -80,11 +84,11 @@ def attention_case(c, some, T, C, window):
     q,kv,sinks,far = some(2, T, c.num_attention_heads, c.head_dim), some(2, T, c.head_dim), some(c.num_attention_heads), some(2, C, c.head_dim)
     if not C:
         def plain(q, kv, sinks): return attend(q, kv, sinks, window_mask(pos, pos, window, docs))
-        def fast(q, kv, sinks): return FAST_OF['attend'](q, kv, sinks, row_mask(pos, pos, window, docs, K=c.head_dim))
+        def fast(q, kv, sinks): return kept(FAST_OF['attend'](q, kv, sinks, row_mask(pos, pos, window, docs, K=c.head_dim)))
         return Case(plain, fast, [q, kv, sinks], 2)
     seen = (pos[:,None]>=torch.arange(1, C+1, device=pos.device)*(T//C))[None]
     def plain(q, kv, sinks, far): return attend(q, kv, sinks, window_mask(pos, pos, window, docs), far, seen)
-    def fast(q, kv, sinks, far): return FAST_OF['attend'](q, kv, sinks, row_mask(pos, pos, window, docs), far, seen)
+    def fast(q, kv, sinks, far): return kept(FAST_OF['attend'](q, kv, sinks, row_mask(pos, pos, window, docs), far, seen))
     return Case(plain, fast, [q, kv, sinks, far], 2)
 
 def entry_cases(c, some, T, C):
@@ -133,13 +137,14 @@ def cases(size, device):
 
 def both_ways(f, case, dtype, device):
     "Outputs and gradients, in float64"
-    leaves = [x.to(torch.float32 if i==case.kept and dtype==torch.bfloat16 else dtype).requires_grad_(f not in (Muon.products, FAST_OF['products']))
-        for i,x in enumerate(case.leaves)]
+    leaves = [x.to(torch.float32 if i==case.full and dtype==torch.bfloat16 else dtype) for i,x in enumerate(case.leaves)]
+    if case.plain is not Muon.products: leaves = [x.requires_grad_() for x in leaves]
     with cast(device, 'bf16' if dtype==torch.bfloat16 else 'fp32'): out = f(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
     grads = []
     if outs[0].requires_grad:
-        ways = torch.linspace(-1, 1, outs[0].numel(), dtype=torch.float64, device=device).view_as(outs[0]).to(outs[0].dtype)
+        draw = torch.Generator(device).manual_seed(1)
+        ways = torch.randn(outs[0].shape, generator=draw, dtype=torch.float64, device=device).to(outs[0].dtype)
         grads = torch.autograd.grad((outs[0]*ways).sum(), leaves)
     return [t.detach().double() for t in (*outs, *grads)]
 
@@ -200,14 +205,14 @@ def timed_steps(job, model, rows, device):
     "A training step by AdamW: tokens per second, memory, seconds of the first two steps, and the step itself"
     size = job.size
     V = model.lm_head.weight.shape[0]
-    step = training_job(model, [adamw(model)], ids_for(device, V, rows, size.T), size.precision)
+    step = training_job(model, [adamw(model)], ids_for(device, V, rows, size.context), size.precision)
     begun = time.perf_counter()
     loss = step().item()
     step()
     wait(device)
     first = time.perf_counter()-begun
     took = alternate(dict(step=step), size.repeats, device)['step']
-    return dict(tokens_per_second=round(rows*size.T/took, 1), loss=round(loss, 5), memory=peak_memory(device), first_steps=round(first, 1)), step
+    return dict(tokens_per_second=round(rows*size.context/took, 1), loss=round(loss, 5), memory=peak_memory(device), first_steps=round(first, 1)), step
 
 def with_mfu(found, cfg, T, device):
     "Beside the speed, its share of the card's dense bf16 peak by the package's own count"
@@ -231,10 +236,10 @@ def our_steps(job, mtp, rows, note=None):
     "Our compiled training step; with `note`, its largest kernels too"
     freed()
     device = pick_device(job.device)
-    whale = make_sides(job.size.preset, device, job.size.T, peer=False, mtp=mtp)['nanowhale']
+    whale = make_sides(job.size.preset, device, job.size.context, peer=False, mtp=mtp)['nanowhale']
     found,step = timed_steps(job, compiled(whale, job.size), rows, device)
     if note: note.tried('largest kernels', largest_kernels, step, device)
-    return with_mfu(found, whale.cfg, job.size.T, device)
+    return with_mfu(found, whale.cfg, job.size.context, device)
 
 def training(note, job):
     "Our training step, with and without MTP, at several micro-batch sizes"
@@ -248,11 +253,11 @@ def their_steps(job, sides, name, with_compiler):
     model = sides[name].to(device)
     found,_ = timed_steps(job, compiled(model, job.size) if with_compiler else model, job.size.rows, device)
     model.zero_grad(set_to_none=True)
-    return with_mfu(found, get_preset(job.size.preset, num_nextn_predict_layers=0), job.size.T, device)
+    return with_mfu(found, get_preset(job.size.preset, num_nextn_predict_layers=0), job.size.context, device)
 
 def peer(note, job):
     "transformers' model with the same weights on the same rows, eager and compiled, beside ours eager"
-    sides = make_sides(job.size.preset, pick_device(job.device), job.size.T)
+    sides = make_sides(job.size.preset, pick_device(job.device), job.size.context)
     for name,with_compiler in (('transformers', False), ('transformers', True), ('nanowhale', False)):
         note.tried(f'{name}, {"compiled" if with_compiler else "eager"}', their_steps, job, sides, name, with_compiler)
 
@@ -273,27 +278,26 @@ def written(job, model, ids, decoder, memory, cfg):
 def writing(note, job):
     "Prefill, and decoding of one row and of many, beside transformers"
     size,device = job.size, pick_device(job.device)
-    sides = make_sides(size.preset, device, size.T, dtype=TYPES[size.precision])
+    sides = make_sides(size.preset, device, size.context, dtype=TYPES[size.precision])
     cfg = sides['nanowhale'].cfg
     known = job.results/'machine.json'
     top = read(known).get('ceilings') if known.exists() else None
     top = top or ceilings(device, side=size.side)
     memory = max(top['copy'], top['read'])
-    ids = ids_for(device, cfg.vocab_size, size.batch, size.T)
+    ids = ids_for(device, cfg.vocab_size, size.batch, size.context)
     ours,theirs = sides['nanowhale'], sides['transformers']
     for name,model,rows,decoder in (('nanowhale compiled', ours, 1, a_decoder(job)), ('nanowhale compiled', ours, size.batch, a_decoder(job)),
             ('transformers', theirs, 1, None), ('nanowhale', ours, 1, None), ('transformers', theirs, size.batch, None), ('nanowhale', ours, size.batch, None)):
         note.tried(f'{name}, {rows} row{"s"*(rows>1)}', written, job, model, ids[:rows,:size.prompt], decoder, memory, cfg)
     def prefill():
         took = alternate({name: prefill_job(m, ids[:1]) for name,m in sides.items()}, size.repeats, device)
-        return {name: round(size.T/s, 1) for name,s in took.items()}
+        return {name: round(size.context/s, 1) for name,s in took.items()}
     note.tried('prefill', prefill)
 
 # ---------------------------------------------------------------- train
 
-NANOWHALE = [sys.executable, '-c', 'import sys; from nanowhale.cli import main; sys.exit(main())']
-START = 25       # seconds that a run needs besides its steps and its compiler, and that evaluation and a checkpoint take
-SAVE = 5
+START = 15       # seconds that a run needs besides its steps and its compiler
+SAVE = 5         # that an evaluation and a checkpoint take
 CAREFUL = 0.75   # of the steps that would fit
 
 def plan(job):
@@ -320,7 +324,7 @@ def curves(out, recipe, packed):
         values = sorted(m[key] for m in later if m.get(key) is not None)
         return values[len(values)//2] if values else None
     thin = max(1, len(metrics)//150)
-    return dict(steps=len(metrics), tokens=len(metrics)*recipe.targets, repeats=round(len(metrics)*recipe.targets/max(1, packed), 2),
+    return dict(steps=len(metrics), tokens=len(metrics)*recipe.targets, repeats=float(f'{len(metrics)*recipe.targets/packed:.3g}'),
         loss=[[m['step']+1, round(m['loss'], 4)] for m in metrics[::thin]], skipped=sum(m['skipped'] for m in metrics),
         held_out=[[(m['step']+1)*recipe.targets, round(m['held_out_bits_per_byte'], 4)] for m in metrics if 'held_out_bits_per_byte' in m],
         tokens_per_second=middle('tokens_per_second'), mfu=middle('mfu'), memory=middle('memory'), max_vio=round(later[-1]['max_vio'], 3))
@@ -331,20 +335,20 @@ def kill_and_resume(note, p, out, recipe, go_on, follow):
     def far_enough():
         saved = checkpoints(out)
         return saved and len(read_metrics(out/'metrics.jsonl'))>=int(saved[-1].name[5:])+max(2, gap//2)
-    while p.poll() is None and not far_enough():
-        time.sleep(0.05)
+    while p.is_alive() and not far_enough():
+        p.join(0.05)
         follow()
-    if p.poll() is not None:
+    if not p.is_alive():
         note(resume=dict(error='the run had ended before it could be killed'))
         return p
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    p.kill()
+    p.join()
     before = read_metrics(out/'metrics.jsonl')
     step = int(checkpoints(out)[-1].name[5:])
     note(resume=dict(killed_after=len(before), from_step=step))
     p = go_on()
-    while p.poll() is None and len(read_metrics(out/'metrics.jsonl'))<len(before):
-        time.sleep(0.05)
+    while p.is_alive() and len(read_metrics(out/'metrics.jsonl'))<len(before):
+        p.join(0.05)
         follow()
     again = {m['step']: m for m in read_metrics(out/'metrics.jsonl')}
     pairs = [(m, again[m['step']]) for m in before if m['step']>=step and m['step'] in again]
@@ -352,6 +356,10 @@ def kill_and_resume(note, p, out, recipe, go_on, follow):
     note(resume=dict(killed_after=len(before), from_step=step, steps_taken_twice=len(pairs), to_the_bit=bool(pairs) and not any(gaps),
         largest_relative_difference=float(f'{max(gaps, default=math.nan):.2g}'), tolerance=0.01, ok=bool(pairs) and max(gaps)<=0.01))
     return p
+
+def command(*words):
+    "A command of the package, as a process of its own does it"
+    sys.exit(main([*map(str, words)]))
 
 def samples(out, device, prompts=('The cell is', 'In the year', 'She looked at')):
     "What it goes on to write"
@@ -377,7 +385,10 @@ def trained(name, kill, note, job):
     if size.tokenizer: words += ['--tokenizer', job.pack/'tokenizer']
     if size.backend=='inductor': words += ['--compile']
     for k,v in changes.items(): words += ['--'+k.replace('_', '-'), v]
-    def begin(*words): return subprocess.Popen([*NANOWHALE, *map(str, ('train', *words, '--out', out, '--device', job.device))], cwd=job.home)
+    def begin(*words):
+        p = get_context('fork').Process(target=command, args=('train', *words, '--out', out, '--device', job.device))
+        p.start()
+        return p
     note(recipe=f'{name}, scaled to {recipe.steps*recipe.targets:,} tokens', n=1, precision=recipe.precision, planned_steps=recipe.steps)
     told = 0
     def follow(every=2):
@@ -387,12 +398,12 @@ def trained(name, kill, note, job):
         told = time.time()
     p = begin(*words)
     if kill: p = kill_and_resume(note, p, out, recipe, lambda: begin('--resume'), follow)
-    while p.poll() is None:
-        time.sleep(0.2)
+    while p.is_alive():
+        p.join(0.2)
         follow()
     follow(0)
     pictures(note, out, name)
-    if p.returncode: raise SystemExit(p.returncode)
+    if p.exitcode: raise SystemExit(p.exitcode)
     note(results=read(out/'results.json'))
     note.tried('samples', samples, out, pick_device(job.device))
 
@@ -409,7 +420,7 @@ class Instead:
     def __exit__(self, *_): setattr(self.module, self.name, self.was)
 
 def inputs_of(case, precision, rows):
-    return [x.to(TYPES[precision] if i!=case.kept else torch.float32).requires_grad_() for i,x in enumerate(case.leaves)]
+    return [x.to(TYPES[precision] if i!=case.full else torch.float32).requires_grad_() for i,x in enumerate(case.leaves)]
 
 def case_time(job, name, device, module, what, value, with_compiler=False):
     "Milliseconds of one part, forward and backward, with one setting changed"
@@ -426,7 +437,7 @@ def case_time(job, name, device, module, what, value, with_compiler=False):
 def decode_time(job, device, mode):
     "Tokens per second of decoding one row, its step compiled in this mode"
     freed()
-    whale = make_sides(job.size.preset, device, job.size.T, peer=False, dtype=TYPES[job.size.precision])['nanowhale']
+    whale = make_sides(job.size.preset, device, job.size.context, peer=False, dtype=TYPES[job.size.precision])['nanowhale']
     ids = ids_for(device, whale.cfg.vocab_size, 1, job.size.prompt)
     step = torch.compile(one_step, dynamic=False, mode=mode) if job.size.backend=='inductor' else one_step
     with Instead(nanowhale.fast.graph, 'compiled', lambda device: step):
@@ -456,9 +467,9 @@ PARTS = [
     Part('machine', 'machine', 20, machine),
     Part('sound', 'kernels', 25, kernels),
     Part('sound', 'compiling', 35, compiling),
-    Part('speed', 'training', 110, training),
-    Part('speed', 'peer', 55, peer),
-    Part('speed', 'writing', 50, writing),
+    Part('speed', 'training', 100, training),
+    Part('speed', 'peer', 50, peer),
+    Part('speed', 'writing', 45, writing),
     Part('train', 'card', 95, partial(trained, 'card', False)),
     Part('train', 'whale', 130, partial(trained, 'whale', True)),
     Part('tune', 'tune', 40, tune)]
