@@ -193,9 +193,11 @@ def compiling(note, job):
     "The same, compiled"
     device = pick_device(job.device)
     every = cases(job.size, device)
-    for precision in ('bf16', 'fp32'):
+    def each(precision):
         for name,case in every.items(): note.tried(f'{name}, {precision}, compiled', compare, case, precision, device, job.size)
+    each('bf16')
     note.tried('cached decoding, compiled', decoding, job.size.preset, device, a_decoder(job))
+    each('fp32')
 
 # ---------------------------------------------------------------- speed
 
