@@ -33,14 +33,15 @@ from nanowhale.train.optim import Muon
 from nanowhale.train.recipe import get_recipe
 from nanowhale.train.step import cast
 
+# `backend` compiles functions, `whole` our whole step: to trace that one takes a processor long, and tests/test_graph.py does it
 REAL = SimpleNamespace(preset='nanowhale_100m', all_kinds='nanowhale_v4', precision='bf16', rows=8, more=(16, 32), context=2048, T=2048,
-    prompt=128, new=64, batch=64, repeats=5, side=None, backend='inductor', evals=5, recipe={}, tokenizer=True, steps=None)
+    prompt=128, new=64, batch=64, repeats=5, side=None, backend='inductor', whole='inductor', evals=5, recipe={}, tokenizer=True, steps=None)
 SMALL = SimpleNamespace(preset='tiny', all_kinds='tiny_v4', precision='fp32', rows=2, more=(), context=48, T=160,
-    prompt=8, new=4, batch=3, repeats=1, side=64, backend='eager', evals=3, recipe=dict(batch_size=2, accum=1, context=64),
+    prompt=8, new=4, batch=3, repeats=1, side=64, backend='eager', whole=None, evals=3, recipe=dict(batch_size=2, accum=1, context=64),
     tokenizer=False, steps=12)
 TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
-def compiled(f, size): return torch.compile(f, dynamic=False, backend=size.backend)
+def compiled(f, backend): return torch.compile(f, dynamic=False, backend=backend) if backend else f
 
 def freed():
     "Let go of what an earlier figure needed"
@@ -157,7 +158,7 @@ def compare(case, precision, device, size=None):
     exact = both_ways(case.plain, rounded, torch.float64, device)
     plain = off(both_ways(case.plain, rounded, dtype, device), exact)
     begun = time.perf_counter()
-    f = compiled(case.fast, size) if size else case.fast
+    f = compiled(case.fast, size.backend) if size else case.fast
     fast = off(both_ways(f, rounded, dtype, device), exact)
     wait(device)
     limit = 3*plain+1e-5 if precision=='fp32' else 2*plain+2**-8
@@ -239,7 +240,7 @@ def our_steps(job, mtp, rows, note=None):
     freed()
     device = pick_device(job.device)
     whale = make_sides(job.size.preset, device, job.size.context, peer=False, mtp=mtp)['nanowhale']
-    found,step = timed_steps(job, compiled(whale, job.size), rows, device)
+    found,step = timed_steps(job, compiled(whale, job.size.whole), rows, device)
     if note: note.tried('largest kernels', largest_kernels, step, device)
     return with_mfu(found, whale.cfg, job.size.context, device)
 
@@ -253,7 +254,7 @@ def their_steps(job, sides, name, with_compiler):
     freed()
     device = pick_device(job.device)
     model = sides[name].to(device)
-    found,_ = timed_steps(job, compiled(model, job.size) if with_compiler else model, job.size.rows, device)
+    found,_ = timed_steps(job, compiled(model, job.size.backend) if with_compiler else model, job.size.rows, device)
     model.zero_grad(set_to_none=True)
     return with_mfu(found, get_preset(job.size.preset, num_nextn_predict_layers=0), job.size.context, device)
 
@@ -430,7 +431,7 @@ def case_time(job, name, device, module, what, value, with_compiler=False):
     case = cases(job.size, device)[name]
     leaves = inputs_of(case, job.size.precision, job.size.rows)
     with Instead(module, what, value), cast(device, job.size.precision):
-        f = compiled(case.fast, job.size) if with_compiler else case.fast
+        f = compiled(case.fast, job.size.backend) if with_compiler else case.fast
         def first(*leaves):
             out = f(*leaves)
             return out[0] if isinstance(out, tuple) else out
