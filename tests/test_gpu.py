@@ -112,7 +112,7 @@ def fails(note, job):
 
 def killed(note, job):
     note(figure=1)
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def asked(folder, **more):
     "What `go_through` is told"
@@ -153,7 +153,7 @@ def test_one_that_fails_is_killed_or_takes_too_long_leaves_a_line_and_the_next_b
     go(tmp_path, toys)
     folder = tmp_path/'results'
     parts = of(folder, 'run')['parts']
-    assert [r['ended'] for r in parts.values()]==['failed: ValueError: no such thing', f'killed by signal {signal.SIGSEGV.value}',
+    assert [r['ended'] for r in parts.values()]==['failed: ValueError: no such thing', f'killed by signal {signal.SIGKILL.value}',
         'cut after 1 s, its bound', 'done']
     assert [of(folder, t.key).get('figure') for t in toys]==[1, 1, None, 1] and gone(of(folder, 'b-endless')['pid'])
     with tarfile.open(tmp_path/'gpu.tar.gz') as tar: assert {'gpu/a-fails.json', 'gpu/b-quick.json', 'gpu/a-fails.txt'}<=set(tar.getnames())
