@@ -19,7 +19,6 @@ from .checker import answer, check  # noqa: F401  for readers to import from her
 from .exercise_model import between, randn, rough, small, uniform
 
 # %% ../../nbs/appendix/95_exercises.ipynb #20300001
-from .checker import prediction
 from ..presets import nanowhale_100m
 from ..train.optim import split_params
 
