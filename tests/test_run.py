@@ -228,7 +228,7 @@ def test_whale_and_optimizers_compute_with_the_kernels_of_the_recipe(text, tmp_p
     "And so does a run that goes on"
     met = []
     def noted(net, whale, opts, *rest):
-        met.append(['head_loss' in vars(whale), any('products' in vars(o) for o in opts)])
+        met.append(['head_loss' in vars(whale), any('orthogonalize' in vars(o) for o in opts)])
         return train_step(net, whale, opts, *rest)
     monkeypatch.setattr(T, 'train_step', noted)
     monkeypatch.setattr(T.Log, 'plot', lambda self: None)

@@ -22,6 +22,7 @@ from nanowhale.model.compress import far_weights, index_scores
 from nanowhale.model.hyper import sinkhorn
 from nanowhale.model.moe import run_experts
 from nanowhale.model.mtp import head_loss
+from nanowhale.model.rope import rotate
 from nanowhale.model.visibility import window_mask
 from nanowhale.model.whale import Whale
 from nanowhale.presets import cache_bytes, count_flops, count_params, get_preset
@@ -124,7 +125,9 @@ def cases(size, device):
     draw = torch.Generator(device).manual_seed(0)
     def some(*shape): return torch.randn(shape, generator=draw, device=device, dtype=torch.float64)
     T,C,D,N = size.T, size.T//c.compress_rate_csa, c.hidden_size, c.hc_mult
+    angles = torch.arange(T, device=device)[:,None]/torch.arange(1, 1+c.qk_rope_head_dim//2, device=device)
     def mixes(f): return lambda z: f(z, c.hc_sinkhorn_iters)
+    def turned(f): return lambda x: f(x, angles.cos(), angles.sin())
     return {
         'attention, one window': attention_case(c, some, T, 0, 4*T),
         'attention, short window': attention_case(c, some, T, 0, c.sliding_window),
@@ -134,7 +137,8 @@ def cases(size, device):
         'product': Case(F.linear, FAST_OF['product'], [some(2, T, D), some(2*D, D)], None),
         **entry_cases(c, some, T, C),
         'Sinkhorn': Case(mixes(sinkhorn), mixes(FAST_OF['sinkhorn']), [some(2, T, N, N)], 0),
-        'products of Muon': Case(Muon.products, FAST_OF['products'], [some(4, D, D), some(4, D, D)], None)}
+        'rotation': Case(turned(rotate), turned(FAST_OF['rotate']), [some(2, T, 3, c.head_dim)], None),
+        'directions of Muon': Case(*(torch.no_grad()(f) for f in (Muon.orthogonalize, FAST_OF['orthogonalize'])), [some(4, D, 2*D)], None)}
 
 def both_ways(f, case, dtype, device):
     "Outputs and gradients, in float64"

@@ -6,9 +6,10 @@
     python tests/tools/measure.py balance [--seeds 0 1 ...]  does every expert work? bias speeds and weights of the loss  results/balance.json
     python tests/tools/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
     python tests/tools/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
+    python tests/tools/measure.py muon [--seeds 5]           Muon's rounds in float32 and in bfloat16              results/muon.json
     python tests/tools/measure.py products                   one matrix product, by several libraries                 results/products.json
     python tests/tools/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
-    python tests/tools/measure.py bench [--repeats N]        `nanowhale bench` at three sizes, in fp32 and in bf16       results/bench.json
+    python tests/tools/measure.py bench [--repeats N --sizes 1x512 ... --compile --profile]   `nanowhale bench` on this processor   results/bench.json
     python tests/tools/measure.py bench_v4 [--repeats N]     the same for the preset with compressed attention          results/bench_v4.json
     python tests/tools/measure.py explorers [--model FOLDER]  page weight, seconds to the first token, logits      results/explorers.json
     python tests/tools/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
@@ -25,9 +26,9 @@ from runs import provenance
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = 'import sys; from nanowhale.cli import main; sys.exit(main())'
 
-def nanowhale(*words, **env):
+def nanowhale(*words, code=MAIN, **env):
     "Run a command of the package in a process of its own; what it prints on standard error passes through"
-    res = subprocess.run([sys.executable, '-c', MAIN, *map(str, words)], check=False, cwd=os.getcwd(), stdout=subprocess.PIPE, text=True,
+    res = subprocess.run([sys.executable, '-c', code, *map(str, words)], check=False, cwd=os.getcwd(), stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), **env})
     if res.returncode: sys.exit(f'nanowhale {" ".join(map(str, words))}: exit code {res.returncode}')
     return res.stdout
@@ -101,7 +102,7 @@ def pair(word): return tuple(map(float, word.split(',')))   # a speed and a weig
 
 def balance(args):
     "The default run with other speeds of the bias and other weights of the balance loss; each run is kept as soon as it has ended"
-    from nanowhale.lab.compare import processor
+    from nanowhale.processor import processor
     path = ROOT/'results'/'balance.json'
     runs = json.loads(path.read_text())['runs'] if path.exists() else []
     where = dict(commit=provenance('')['commit'], processor=processor())
@@ -124,6 +125,7 @@ def products(args):
     import torch, torch.nn.functional as F
     from nanowhale.fast.bench import alternate
     from nanowhale.fast.products import onednn
+    from nanowhale.processor import instruction_set, processor, this_processor
     torch.manual_seed(0); torch.set_grad_enabled(False)
     x,W = torch.randn(512, 320),torch.randn(1280, 320)
     def loops(x, W):
@@ -143,14 +145,26 @@ def products(args):
     rates = {name: round(2*len(p[1])*p[2].numel()/took[name]/1e9, 4) for name,p in plans.items()}
     one,head = torch.randn(1, 320),torch.randn(129280, 320)
     took = alternate({'BLAS': lambda: F.linear(one, head), 'oneDNN': lambda: onednn(one, head)}, 7)
-    record('products', seed=0, cpu_capability=torch.backends.cpu.get_cpu_capability(), maker=maker(), gflops=rates,
-        one_row_gbytes={name: round(head.nbytes/s/1e9, 1) for name,s in took.items()})
+    here = dict(processor=processor(), maker=this_processor().maker, instructions=instruction_set(), threads=torch.get_num_threads(),
+        commit=provenance('')['commit'], torch=torch.__version__, gflops=rates, one_row_gbytes={name: round(head.nbytes/s/1e9, 1) for name,s in took.items()},
+        step=products_of_a_step())
+    path = ROOT/'results/products.json'
+    others = [m for m in json.loads(path.read_text())['machines'] if m['processor']!=here['processor']]
+    record('products', seed=0, machines=[*others, here])
 
-def maker():
-    "Who made the processor, where the system tells"
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'vendor_id\s*: (\S+)', info.read_text()) if info.exists() else None
-    return found and found[1]
+def products_of_a_step():
+    "GFLOP/s of both libraries at the shapes of a training step of 512 tokens: forward, and the gradients of x and of W"
+    import torch
+    from nanowhale.fast.bench import alternate
+    from nanowhale.fast.products import onednn
+    out = []
+    for M,K,N in ((512, 320, 160), (512, 160, 768), (256, 320, 1280), (256, 640, 320), (512, 1280, 24), (512, 320, 16384)):
+        x,W,d = torch.randn(M, K),torch.randn(N, K),torch.randn(M, N)
+        pairs = dict(forward=(x, W), dx=(d, W.mT), dW=(d.mT, x.mT))
+        jobs = {(lib, what): lambda f=f, p=p: f(*p) for what,p in pairs.items() for lib,f in (('BLAS', lambda a, b: a@b.mT), ('oneDNN', onednn))}
+        rates = {k: round(2*M*K*N/s/1e9, 1) for k,s in alternate(jobs, 7).items()}
+        out.append(dict(M=M, K=K, N=N) | {lib: {what: rates[lib, what] for what in pairs} for lib in ('BLAS', 'oneDNN')})
+    return out
 
 def scaling(args):
     "Milliseconds forward and backward of one part of a layer at the width of the 110M whale, beside the formula's FLOPs"
@@ -197,23 +211,51 @@ def scaling(args):
     measure('streams', {N: hyper(N, 2048) for N in (1, 2, 4, 8)})
     record('scaling', seed=0, runs=out)
 
-def benched(name, preset, sizes, repeats):
-    "`nanowhale bench` at these sizes, one after the other, in one file"
+def benched(name, preset, args):
+    "`nanowhale bench` at these sizes, one after the other; what other processors and sizes said stays in the file"
+    from nanowhale.processor import processor
     path,head = ROOT/'results'/f'{name}.json',provenance(f'python tests/tools/measure.py {name}')
-    path.unlink(missing_ok=True)
-    for dtype,B,T in sizes:
-        words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--precision', dtype, '--repeats', repeats]
-        print(nanowhale(*words, '--profile', '--compile', '--out', path), flush=True)
-    rows = json.loads(path.read_text())
-    path.write_text(json.dumps([r | dict(command=head['command'], commit=head['commit'], processor=maker()) for r in rows], indent=1)+'\n')
+    extra = [f'--{flag}' for flag in ('profile', 'compile') if getattr(args, flag)]
+    for dtype in args.precision:
+        for size in args.sizes:
+            B,T = map(int, size.split('x'))
+            words = ['bench', '--preset', preset, '--batch-size', B, '--context', T, '--precision', dtype, '--repeats', args.repeats]
+            print(nanowhale(*words, *extra, '--out', path), flush=True)
+            rows = json.loads(path.read_text())
+            rows[-1] |= dict(command=head['command'], commit=head['commit'], processor=processor())
+            path.write_text(json.dumps(rows, indent=1)+'\n')
+
+HALF_ROUNDS = """
+import sys, torch, nanowhale.fast.kernels as K
+from nanowhale.cli import main
+rounds = K.FAST[K.Muon]['orthogonalize']
+def half(G):
+    with torch.autocast('cpu', torch.bfloat16): return rounds(G)
+K.FAST[K.Muon]['orthogonalize'] = half
+sys.exit(main())
+"""
+
+def muon(args):
+    "Paired runs of the tiny whale: Muon's rounds in float32 and in bfloat16, all other products in float32"
+    from nanowhale.lab.compare import once
+    def run(rounds, seed):
+        with tempfile.TemporaryDirectory() as d:
+            words = ['train', '--seed', seed, '--steps', args.steps, '--evals', 1, '--out', Path(d)/'whale']
+            nanowhale(*words, code=HALF_ROUNDS if rounds=='bf16' else MAIN)
+            end = lines(Path(d)/'whale'/'metrics.jsonl')[-1]
+        return dict(held_out_bits_per_byte=round(end['held_out_bits_per_byte'], 5))
+    for seed in range(args.seeds):
+        for rounds in ('fp32', 'bf16'):
+            key = dict(rounds=rounds, seed=seed, steps=args.steps)
+            once(ROOT/'results/muon.json', key, lambda: run(rounds, seed), f'python tests/tools/measure.py muon --steps {args.steps}')
 
 def bench(args):
     "The 110M whale"
-    benched('bench', 'nanowhale_100m', [(dtype, B, T) for dtype in ('fp32', 'bf16') for B,T in ((1,512), (2,1024), (1,2048))], args.repeats)
+    benched('bench', 'nanowhale_100m', args)
 
 def bench_v4(args):
     "The one that leaves nothing of V4 out"
-    benched('bench_v4', 'nanowhale_v4', [('fp32', 1, 512)], args.repeats)
+    benched('bench_v4', 'nanowhale_v4', args)
 
 EVERYWHERE = '''
 import re, sys, torch, nanowhale.model.whale as M, nanowhale.train.loop as T
@@ -367,8 +409,14 @@ if __name__=='__main__':
     for name,n in dict(seed=0, prompts=200, hf_prompts=50, tokens=40, drafted_tokens=40, drafts=2).items():
         a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
     sub.add_parser('products').set_defaults(f=products)
-    for f in (scaling, bench, bench_v4):
+    a = sub.add_parser('muon'); a.set_defaults(f=muon)
+    for name,n in dict(seeds=5, steps=75).items(): a.add_argument(f'--{name}', type=int, default=n)
+    for f,sizes in ((scaling, None), (bench, ['1x512', '2x1024', '1x2048']), (bench_v4, ['1x512'])):
         a = sub.add_parser(f.__name__); a.add_argument('--repeats', type=int, default=5); a.set_defaults(f=f)
+        if not sizes: continue
+        a.add_argument('--sizes', nargs='*', default=sizes, help='rows x context')
+        a.add_argument('--precision', nargs='*', default=['fp32', 'bf16'])
+        for flag in ('profile', 'compile'): a.add_argument(f'--{flag}', action='store_true')
     a = sub.add_parser('explorers'); a.set_defaults(f=explorers); a.add_argument('--model', help='folder of a trained run; none: the default run first')
     a.add_argument('--loads', type=int, default=5)
     a = sub.add_parser('full'); a.set_defaults(f=full)

@@ -149,7 +149,7 @@ def work(files, mode, flags, jobs, exact, timeout, native=False):
 def readme():
     "README.md and its pictures, made from nbs/index.ipynb: dict path -> bytes"
     files,out = {},['<!-- Made from nbs/index.ipynb by `python tests/tools/notebooks.py readme`: edit the notebook, not this file. -->']
-    local = lambda m: f'{m[1]}nbs/{m[2]}' if (NBS/m[2].split('#')[0]).exists() else m[0]
+    local = lambda m: f'{m[1]}{os.path.normpath("nbs/"+m[2])}' if (NBS/m[2].split('#')[0]).exists() else m[0]
     for cell in json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))['cells']:
         src = ''.join(cell['source'])
         said = set(re.findall(r'^#\|\s*([\w-]+(?::\s*\w+)?)', src, flags=re.M))
