@@ -455,7 +455,8 @@ def profile_step(
     step = training_job(whale, [], ids, precision)
     step()
     def optimizer():
-        for opt in opts: opt.step()
+        with cast(device, precision):     # Muon is made of products
+            for opt in opts: opt.step()
     def rounded(job):
         with cast(device, precision): job()
     parts,times = part_jobs(whale, ids)
