@@ -147,7 +147,8 @@ def rotate(
 ) -> Tensor:     # [B,T,H,K]
     "The plain `rotate`, by one complex product"
     K,R = x.shape[-1], 2*cos.shape[-1]
-    if torch.compiler.is_compiling() or x.device.type!='cpu' or K%2: return rotate_plain(x, cos, sin)
+    no_pairs = x.device.type!='cpu' or K%2
+    if no_pairs or torch.compiler.is_compiling(): return rotate_plain(x, cos, sin)
     still,turn = x.split([K-R,R], -1)
     turn = torch.view_as_complex(upcast(turn).unflatten(-1, (-1,2)))
     turn = torch.view_as_real(turn*torch.complex(cos, sin).unsqueeze(-2)).flatten(-2)
