@@ -73,7 +73,8 @@ def processor() -> str:
     return f'{this_processor().model}, {instruction_set()}'
 
 # %% ../nbs/appendix/87_processor.ipynb #1d6a64df
-ONEDNN_WINS = {('AuthenticAMD', 'AVX512 with bf16'), ('AuthenticAMD', 'AVX512')}   # results/products.json
+ONEDNN_WINS = {   # makers and instruction sets, by results/products.json
+    ('AuthenticAMD', 'AVX512 with bf16'), ('AuthenticAMD', 'AVX512')}
 
 def float32_library(
     p:Processor|None=None,   # None: this one

@@ -197,11 +197,11 @@ def roomy(
     try: yield
     except (torch.OutOfMemoryError, MemoryError):
         b,n = recipe.batch_size, recipe.accum
-        smaller = f'--batch-size {b//2} --accum {2*n}: the same step in pieces of half the size' \
-            if b>1 and b%2==0 else f'--batch-size 1 --accum {b*n}: the same step a row at a time' \
-            if b>1 else f'--context {recipe.context//2}, or a smaller preset: a row alone is too much'
-        raise ValueError(f'memory ran out at {b} rows of {recipe.context} tokens: try {smaller}') \
-            from None
+        pieces = 2 if b%2==0 else b
+        if b==1: smaller = f'--context {recipe.context//2}, or a smaller preset'
+        else: smaller = f'--batch-size {b//pieces} --accum {n*pieces}: the same step in pieces'
+        raise ValueError(f'memory ran out at {b} rows of {recipe.context} tokens: '
+            f'try {smaller}') from None
 
 # %% ../nbs/appendix/90_run.ipynb #81ad26cd
 def finish(
