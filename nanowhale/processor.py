@@ -147,5 +147,5 @@ def differs(
     "Would this machine add up otherwise than the one that began the run?"
     if not then: return None
     if all(then.get(k)==now[k] for k in ('instructions', 'products')): return None
-    def told(f): return f'{f.get("model")} ({f.get("instructions")}, products by {f.get("products")})'
+    def told(f): return '{model} ({instructions}, products by {products})'.format(**f)
     return f'this run began on {told(then)} and goes on on {told(now)}: the last digits will differ'
