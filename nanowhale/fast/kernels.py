@@ -17,7 +17,7 @@ from ..model.compress import CompressedAttention, Indexer
 from ..model.moe import Experts, Router
 from ..model.hyper import HyperConnection, HyperHead
 from ..model.whale import Whale
-from ..processor import float32_library, instruction_set, this_processor
+from ..processor import bf16_here, float32_library, instruction_set, this_processor
 from ..validate import check_batch
 from ..train.optim import Muon
 from .products import linear, orthogonalize
@@ -81,13 +81,13 @@ def in_use(
     device='cpu',   # where the whale will be
 ) -> dict:          # what -> by which function here, and why
     "What the fast set means on this machine"
-    same = dict(head='cross-entropy in blocks of rows, logits never kept',
+    same = dict(head='cross-entropy in blocks of rows and words, logits never kept',
         mixes='Sinkhorn with a backward pass of its own')
     if torch.device(device).type=='cuda':
         return dict(products="PyTorch's for this GPU", optimizer='Muon on all matrices at once',
             attention='one kernel in a compiled step, chunks of queries elsewhere',
             experts='grouped in bf16, else one after the other', **same,
-            compile='possible: by Triton')
+            compile='possible: by Triton', bf16='as this GPU has it')
     library,why = float32_library()
     name = dict(onednn='oneDNN', blas='BLAS')[library]
     compiler = cxx_compiler()
@@ -96,4 +96,5 @@ def in_use(
         attention='chunks of queries, in blocks of the window where a row is longer; '
             'one kernel needs a GPU',
         experts='sorted, one after the other: on a CPU nobody waits for their loads', **same,
-        compile=f'possible: {compiler}' if compiler else 'not here: no C++ compiler')
+        compile=f'possible: {compiler}' if compiler else 'not here: no C++ compiler',
+        bf16='{}, {}'.format('fast' if bf16_here()[0] else 'slow', bf16_here()[1]))
