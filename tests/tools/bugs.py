@@ -462,7 +462,7 @@ def _(m):
         with pytest.MonkeyPatch.context() as inner:
             calls = []
             def turn(x, cos, sin): calls.append(1); return x if len(calls)==3 else real(x, cos, sin)   # queries, keys, output
-            inner.setattr(attention, 'rotate', turn)
+            inner.setattr(attention.Attention, 'rotate', staticmethod(turn))
             return forward(self, x, rope, mask, cache)
     forward = attention.Attention.forward
     m.setattr(attention.Attention, 'forward', forget)
