@@ -142,8 +142,7 @@ def cases(size, device):
 
 def both_ways(f, case, dtype, device):
     "Outputs and gradients, in float64"
-    leaves = [x.to(torch.float32 if i==case.full and dtype==torch.bfloat16 else dtype) for i,x in enumerate(case.leaves)]
-    if case.plain is not Muon.products: leaves = [x.requires_grad_() for x in leaves]
+    leaves = [x.to(torch.float32 if i==case.full and dtype==torch.bfloat16 else dtype).requires_grad_() for i,x in enumerate(case.leaves)]
     with cast(device, 'bf16' if dtype==torch.bfloat16 else 'fp32'): out = f(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
     grads = []
