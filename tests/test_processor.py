@@ -4,7 +4,7 @@ import pytest, torch
 from nanowhale import cli, processor, run
 from nanowhale.fast import bench
 from nanowhale.processor import Processor, bf16_by_flags, differs, float32_library, instruction_set, machine_facts
-from nanowhale.run import settle, new_spec
+from nanowhale.run import choose_precision, new_spec
 from nanowhale.train import loop
 from runs import SMALL, jsonl, last_line, nanowhale, texts
 
@@ -51,21 +51,21 @@ def trap(monkeypatch):
 
 def test_a_run_in_a_trap(trap, capsys):
     half,large = new_spec(precision='bf16'), new_spec('nanowhale_100m')
-    with pytest.raises(ValueError, match='use --precision fp32, or --force'): settle(half, None, True, False)
+    with pytest.raises(ValueError, match='use --precision fp32, or --force'): choose_precision(half, None, True, False)
     assert large['recipe']['precision']=='bf16'
-    assert settle(large, None, False, False)[0]['recipe']['precision']=='fp32'
+    assert choose_precision(large, None, False, False)[0]['recipe']['precision']=='fp32'
     assert 'this run computes in fp32' in capsys.readouterr().err
     for spec,last,asked,force in ((half, None, True, True), (large, None, False, True), (half, 'step', True, False)):
-        assert settle(spec, last, asked, force)[0]['recipe']['precision']=='bf16'
+        assert choose_precision(spec, last, asked, force)[0]['recipe']['precision']=='bf16'
     assert half['recipe']['precision']=='bf16' and 'processor' not in half     # what was given is left alone
 
 def test_a_run_goes_on_elsewhere_and_says_so(capsys):
     here = machine_facts()
     spec = dict(new_spec(), processor=dict(here, instructions='another'))
-    assert settle(spec, 'step', False, False)[0]['processor']['instructions']=='another'   # where it began
+    assert choose_precision(spec, 'step', False, False)[0]['processor']['instructions']=='another'   # where it began
     assert 'the last digits will differ' in capsys.readouterr().err
-    settle(dict(spec, processor=here), 'step', False, False)
-    settle(new_spec(), 'step', False, False)      # a run from before processors were noted
+    choose_precision(dict(spec, processor=here), 'step', False, False)
+    choose_precision(new_spec(), 'step', False, False)      # a run from before processors were noted
     assert not capsys.readouterr().err and differs(None, here) is None
 
 def test_the_benchmark_in_a_trap(trap, tmp_path):
