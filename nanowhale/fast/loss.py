@@ -21,6 +21,7 @@ def exponentials(
     W:Tensor,   # [V,D] the head
     y:Tensor,   # [M,1] label of each row
     words:int,  # of a block
+    keep:bool,  # the exponentials? a loss without gradients needs their sums alone
 ) -> tuple:     # log-sum-exp [M,1], the label's logit [M,1], parts [M,words], their scales [M,n]
     "Every logit's exponential beside the largest of its block; `scales` make probabilities of them"
     full = torch.promote_types(x.dtype, torch.float32)
@@ -33,7 +34,7 @@ def exponentials(
         tops.append(z.amax(1, keepdim=True))
         e = z.sub_(tops[-1]).exp_()
         sums.append(e.sum(1, keepdim=True))
-        parts.append(e.to(x.dtype))
+        if keep: parts.append(e.to(x.dtype))
     tops = torch.cat(tops, 1)
     lse = (tops+torch.cat(sums, 1).log()).logsumexp(1, keepdim=True)
     return lse, at_y, parts, (tops-lse).exp()
@@ -56,7 +57,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             y = labels[a:a+rows,None]
             on = (y!=-100).to(full)
             y = y.clamp(min=0)
-            lse,at_y,parts,scales = exponentials(x, W, y, words)
+            lse,at_y,parts,scales = exponentials(x, W, y, words, grad)
             loss = loss+((lse-at_y)*on).sum()       # not in place: see below
             if not grad: continue
             scales = scales*on
