@@ -179,7 +179,8 @@ def row_mask(
     k_docs:Tensor|None=None,   # [B,S] document of each key
     K:int=0,                   # channels of a head, if it may be one kernel; see `fused_here`
     least:int=64,              # shortest block
-) -> Tensor|BlockMask|None:    # [B or 1,T,S], in blocks [B or 1,n,w,2*w], fused, or None: causal
+) -> Tensor|BlockMask|None:    # [B or 1,T,S], in blocks [B or 1,n,w,2*w], fused, or None: causal,
+                               # the last query at the last key
     "`window_mask` in its cheapest form, for `attend`"
     T = len(q_pos)
     alone = T==1 and q_docs is None and len(k_pos)<=window    # a new token sees all that is kept
