@@ -859,7 +859,8 @@ def _both_rows(): return 2*(20+2*1)/(20+3*1)          # everything else 20, an e
 @mistake('two_rows_floor', 'weights outside of the experts are read once and serve both rows')
 def _all_twice(): return 1.
 
-@mistake('two_rows_floor', 'two rows need not choose the same two experts: on average three are read')
+@mistake('two_rows_floor',
+    'two rows need not choose the same two experts: on average three are read')
 def _same_experts(): return 2.
 
 @mistake('two_rows_floor', 'some experts serve both rows: of four, on average three are read')
