@@ -769,6 +769,127 @@ def _of_lower_medians(ours, theirs): return _speedup(ours, theirs, middle=torch.
 @mistake('speedup', 'first the median of each, then one ratio: yours is a median of ratios')
 def _median_of_ratios(ours, theirs): return _median((theirs/ours)[1:]).item()
 
+# %% ../../nbs/appendix/95_exercises.ipynb #35000001
+@prediction('logits_outweigh', within=0.01)
+def _logits_outweigh(V=129280, D=320): return V*D/(V-D)
+
+@mistake('logits_outweigh', 'the plain loss keeps the logits once: compare them, and no copies')
+def _two_copies(): return _logits_outweigh()/2
+
+@mistake('logits_outweigh', 'words and channels are exchanged: dW has V x D numbers, '
+    'as many as the logits of D tokens')
+def _words_for_channels(): return 129280
+
+@mistake('logits_outweigh', 'dW has a row of 320 numbers for each word, however few the tokens are')
+def _without_dw(): return 1
+
+# %% ../../nbs/appendix/95_exercises.ipynb #35000002
+def _z_loss(h, W, y, weight, factor=2, label=False, gradients=True):
+    z = h@W.mT
+    lse = z.logsumexp(-1, keepdim=True)
+    one = F.one_hot(y, len(W)).to(z.dtype)
+    pull = 1+factor*weight*lse*gradients
+    dz = (z.softmax(-1)-one)*pull if label else z.softmax(-1)*pull-one
+    return (lse-z.gather(-1, y[:,None])+weight*lse**2).sum(), dz@W, dz.mT@h
+
+@exercise('z_loss', _z_loss)
+def _states_and_words(more):
+    M,V,D = 3+more, 7+more, 4+more
+    return [(2*randn(M, D), randn(V, D), torch.randint(0, V, (M,)), uniform(.1, .5))
+        for _ in range(2)]
+
+@mistake('z_loss', 'the derivative of lse squared is 2 lse times that of lse: the 2 is missing')
+def _one_lse(*args): return _z_loss(*args, factor=1)
+
+@mistake('z_loss',
+    'the new term pulls at every word through its probability: leave the label its -1')
+def _label_pulled_too(*args): return _z_loss(*args, label=True)
+
+@mistake('z_loss', 'the loss has the new term, your gradients have not')
+def _gradients_of_the_old_loss(*args): return _z_loss(*args, gradients=False)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #37000001
+@prediction('two_parts_faster', within=0.02)
+def _two_parts(): return 1/(0.5/4+0.2/2+0.3)
+
+@mistake('two_parts_faster', 'what nobody touched still takes its time: 0.3 of the step')
+def _product_of_both(): return 4*2
+
+@mistake('two_parts_faster', 'shares of time add up, not factors: sum the seconds that are left')
+def _mean_of_factors(): return 0.5*4+0.2*2+0.3
+
+@mistake('two_parts_faster', 'both parts became faster: you counted the larger one alone')
+def _the_larger_part_alone(): return 1/(0.5/4+0.5)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #37000002
+def _capped(q, kv, sinks, mask, cap, late=True, sink=False, scale=True, times=True):
+    z = torch.einsum('bthk,bsk->bths', q, kv)
+    if scale: z = z*q.shape[-1]**-.5
+    def capped(x): return (x/cap).tanh()*(cap if times else 1)
+    def hidden(x): return x.masked_fill(~mask[:,:,None], float('-inf'))
+    z = hidden(capped(z)) if late else capped(hidden(z))
+    sinks = (capped(sinks) if sink else sinks)[:,None].expand(*z.shape[:-1], 1)
+    return torch.einsum('bths,bsk->bthk', torch.cat([z, sinks], -1).softmax(-1)[...,:-1], kv)
+
+@exercise('capped_attend', _capped)
+def _large_scores(more):
+    B,T,H,K = 2+more, 5+more, 3+more, 4+more
+    def case():
+        seen = torch.rand(B, T, T)<.6
+        seen = seen.tril() | torch.eye(T, dtype=torch.bool)
+        return 3*randn(B, T, H, K), randn(B, T, K), 2*randn(H), seen, uniform(1., 3.)
+    return [case(), case()]
+
+@mistake('capped_attend', 'cap first and mask after: a capped -inf is -cap, and is seen again')
+def _mask_capped(*args): return _capped(*args, late=False)
+
+@mistake('capped_attend', 'the sink is no score of a key: leave it uncapped')
+def _sink_capped(*args): return _capped(*args, sink=True)
+
+@mistake('capped_attend', 'scale the scores by the root of K before the cap')
+def _not_scaled(*args): return _capped(*args, scale=False)
+
+@mistake('capped_attend', 'tanh ends at 1: multiply by the cap, or small scores are changed too')
+def _not_multiplied(*args): return _capped(*args, times=False)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #38000001
+@prediction('two_rows_floor', within=0.01)
+def _both_rows(): return 2*(20+2*1)/(20+3*1)          # everything else 20, an expert 1
+
+@mistake('two_rows_floor', 'weights outside of the experts are read once and serve both rows')
+def _all_twice(): return 1.
+
+@mistake('two_rows_floor',
+    'two rows need not choose the same two experts: on average three are read')
+def _same_experts(): return 2.
+
+@mistake('two_rows_floor', 'some experts serve both rows: of four, on average three are read')
+def _four_experts(): return 2*22/24
+
+# %% ../../nbs/appendix/95_exercises.ipynb #38000002
+def _ring_seen(p, first, S, window, empty=False, edge=0, age=True):
+    held = [p-(p-s)%S for s in range(S)]
+    return [s for s,at in enumerate(held)
+        if (empty or at>=0) and at>=(first if at>=0 else -S) and (not age or p-at<window+edge)]
+
+@exercise('ring_seen', _ring_seen)
+def _rings(more):
+    def ring(full):
+        window = between(5, 9)+more
+        S = window+between(2, 6)
+        p = between(2*S, 4*S) if full else between(2, 4)
+        return p, between(0, 2), S, window
+    return [ring(False), ring(True), ring(True), ring(True), ring(True)]
+
+@mistake('ring_seen', 'a slot that nobody has written yet holds no position: hide it')
+def _empty_slots_seen(*args): return _ring_seen(*args, empty=True)
+
+@mistake('ring_seen', 'the ring is longer than the window: what is too old must be hidden')
+def _too_old(*args): return _ring_seen(*args, age=False)
+
+@mistake('ring_seen', 'a window of W is the token itself and W-1 before it')
+def _one_too_many(*args): return _ring_seen(*args, edge=1)
+
 # %% ../../nbs/appendix/95_exercises.ipynb #33000001
 def _band_share(T=2048, W=128, w=256, rising=True, before=1, first=True):
     "Share of a band's scores that a query sees: blocks of w queries, with the block before"

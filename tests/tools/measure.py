@@ -4,6 +4,7 @@
     python tests/tools/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
     python tests/tools/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
     python tests/tools/measure.py balance [--seeds 0 1 ...]  does every expert work? bias speeds and weights of the loss  results/balance.json
+    python tests/tools/measure.py loss [--repeats N]         the loss over V4's vocabulary, from plain to blocks   results/loss.json
     python tests/tools/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json
     python tests/tools/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
     python tests/tools/measure.py muon [--seeds 5]           Muon's rounds in float32 and in bfloat16              results/muon.json
@@ -225,6 +226,80 @@ def benched(name, preset, args):
             rows[-1] |= dict(command=head['command'], commit=head['commit'], processor=processor())
             path.write_text(json.dumps(rows, indent=1)+'\n')
 
+LOSS_TOKENS = 1024
+
+def losses():
+    "The versions of 35_loss, slowest idea first: name -> function as `head_loss`"
+    import torch, torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
+    from nanowhale.fast import loss as fast
+    from nanowhale.model.mtp import head_loss
+    def rows_again(h, W, labels):
+        def part(x, y): return F.cross_entropy(F.linear(x, W), y, reduction='sum')
+        parts = zip(h.flatten(0, 1).split(256), labels.flatten().split(256))
+        return sum(checkpoint(part, x, y, use_reentrant=False) for x,y in parts)/labels.numel()
+    def all_words(h, W, labels):
+        was,fast.WORDS = fast.WORDS,len(W)
+        try: return fast.head_loss(h, W, labels)
+        finally: fast.WORDS = was
+    def torchs(h, W, labels): return F.linear_cross_entropy(h.flatten(0, 1), W, labels.flatten(), options=torch.nn.LinearCrossEntropyOptions())
+    out = {'plain': head_loss, 'rows, computed again': rows_again, 'both gradients on the way': all_words, 'in blocks of words': fast.head_loss}
+    return out | ({"PyTorch's own": torchs} if hasattr(torch.nn, 'LinearCrossEntropyOptions') else {})
+
+def loss_job(name):
+    "Loss and both gradients of one version as a job, at the size of the 110M whale"
+    import torch
+    from nanowhale.presets import nanowhale_100m
+    torch.manual_seed(0)
+    cfg,f = nanowhale_100m(),losses()[name]
+    h,W = torch.randn(1, LOSS_TOKENS, cfg.hidden_size),torch.randn(cfg.vocab_size, cfg.hidden_size)*0.02
+    labels = torch.randint(cfg.vocab_size, (1, LOSS_TOKENS))
+    def job():
+        leaves = [x.detach().requires_grad_() for x in (h, W)]
+        torch.autograd.grad(f(*leaves, labels), leaves)
+    return job
+
+def loss_memory(name):
+    "MiB that a fresh process needs beyond what it holds before"
+    import torch
+    from nanowhale.train.loop import keep_freed_memory, peak_memory
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    job,before = loss_job(name),peak_memory(torch.device('cpu'))
+    job()
+    return peak_memory(torch.device('cpu'))-before
+
+def loss(args):
+    "On one thread, whose own time is counted: what other programs take of the processor counts for nobody"
+    import time, torch
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from statistics import median
+    from nanowhale.presets import nanowhale_100m
+    from nanowhale.processor import instruction_set, processor
+    torch.set_num_threads(1)
+    cfg,(a,b) = nanowhale_100m(),torch.randn(2, 1024, 1024)
+    def large():
+        for _ in range(20): a@b.mT
+    jobs = {name: loss_job(name) for name in losses()} | dict(ceiling=large)
+    flops = dict.fromkeys(jobs, 6*LOSS_TOKENS*cfg.hidden_size*cfg.vocab_size) | dict(ceiling=40*1024**3)   # without what is computed again
+    paces = {name: [] for name in jobs}
+    for _ in range(args.repeats+1):
+        for name,job in jobs.items():
+            start = time.process_time()
+            job()
+            paces[name].append(flops[name]/(time.process_time()-start))
+    paces = {name: p[1:] for name,p in paces.items()}
+    top = paces.pop('ceiling')
+    rungs = {name: dict(gflops=round(median(p)/1e9, 1), of_ceiling=round(median(x/y for x,y in zip(p, top)), 3)) for name,p in paces.items()}
+    for name,rung in rungs.items():
+        with ProcessPoolExecutor(1, get_context('spawn')) as alone: rung['MiB'] = alone.submit(loss_memory, name).result()
+    here = dict(processor=processor(), instructions=instruction_set(), threads=1, tokens=LOSS_TOKENS, repeats=args.repeats, torch=torch.__version__,
+        commit=provenance('')['commit'], busy_processes=round(os.getloadavg()[0], 1), ceiling=round(median(top)/1e9, 1), rungs=rungs)
+    path = ROOT/'results/loss.json'
+    others = [m for m in json.loads(path.read_text())['machines'] if m['processor']!=here['processor']] if path.exists() else []
+    record('loss', seed=0, machines=[*others, here])
+
 HALF_ROUNDS = """
 import sys, torch, nanowhale.fast.kernels as K
 from nanowhale.cli import main
@@ -409,6 +484,7 @@ if __name__=='__main__':
     for name,n in dict(seed=0, prompts=200, hf_prompts=50, tokens=40, drafted_tokens=40, drafts=2).items():
         a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
     sub.add_parser('products').set_defaults(f=products)
+    a = sub.add_parser('loss'); a.set_defaults(f=loss); a.add_argument('--repeats', type=int, default=5)
     a = sub.add_parser('muon'); a.set_defaults(f=muon)
     for name,n in dict(seeds=5, steps=75).items(): a.add_argument(f'--{name}', type=int, default=n)
     for f,sizes in ((scaling, None), (bench, ['1x512', '2x1024', '1x2048']), (bench_v4, ['1x512'])):

@@ -185,7 +185,7 @@ MUTANTS = [   # module, old text, new text
     ('fast.attention', 'far_sums(q[:,at], far[:,:C], lse[:,at], seen', 'far_sums(q[:,at], far[:,:C], lse[:,:len(q[0,at])], seen'),
     ('fast.experts', 'token = order//k', 'token = order%len(x)'),
     ('fast.experts', 'w.flatten()[order,None]', 'w.flatten()[:,None]'),
-    ('fast.loss', 'dh[a:a+rows] -= W[y[:,0]]*on', 'dh[a:a+rows] += W[y[:,0]]*on'),
+    ('fast.loss', 'dh -= W[y[:,0]]*on', 'dh += W[y[:,0]]*on'),
     ('fast.loss', 'scales = scales*on', 'scales = scales'),
     ('fast.products', 'beta=b, alpha=c', 'beta=c, alpha=b'),
     ('processor', 'known is not None: return known', 'known is not None: return True'),
