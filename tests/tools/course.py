@@ -65,7 +65,7 @@ def measure(path):
 def seconds(path):
     "Processor seconds of one notebook in a fresh process; None where it fails"
     begun = os.times()
-    _,after,_,err = notebooks.in_fresh_process(path, [], 600)
+    [(_,_,after,_,err)] = notebooks.executed([path], [], timeout=600)
     if not after: print(err.splitlines()[-1])
     now = os.times()
     return round(now.children_user+now.children_system-begun.children_user-begun.children_system, 1) if after else None

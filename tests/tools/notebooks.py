@@ -4,10 +4,11 @@
     python tests/tools/notebooks.py check [FILES]   execute, write nothing, fail where a stored output is stale
     python tests/tools/notebooks.py readme          make README.md (and nbs/images/) from nbs/index.ipynb; --check compares
 
-Without FILES, every notebook under `nbs/` is meant. Each runs in a Python process of its own, in its folder, under the
-environment `ENV`, so that nothing leaks from one to the next and no graphics card or network is ever used. Cells
-marked `#| eval: false`, or with a flag that `tst_flags` of settings.ini names, are skipped and keep their outputs
-(`--flags slow` runs them); so are notebooks whose front matter says `skip_exec: true`, as in nbdev_test.
+Without FILES, every notebook under `nbs/` is meant. Each runs in a process of its own (where the system can, a fork of one
+that has imported what takes seconds), in its folder, under the environment `ENV`, so that nothing leaks from one to the next
+and no graphics card or network is ever used. Cells marked `#| eval: false`, or with a flag that `tst_flags` of settings.ini
+names, are skipped and keep their outputs (`--flags slow` runs them); so are notebooks whose front matter says
+`skip_exec: true`, as in nbdev_test.
 
 What counts as stale: text must be equal to the letter, so a notebook rounds what it prints. Figures, drawn on white,
 may differ by `MEAN` in the mean over pixels and colour channels and by `MOST` in any one of them, of 255. Measured on
@@ -15,8 +16,7 @@ a line plot: noise of a thousandth in the data, more than another processor caus
 in the title 0.02 and 130; another colour or curve 2 and more. `--exact` asks for equal pixels. `--native` leaves the choice
 of kernels to the processor, or to the caller's environment: what goes stale then is printed to more digits than it has.
 """
-import argparse, base64, io, json, os, platform, re, subprocess, sys, tempfile, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, base64, io, json, multiprocessing, multiprocessing.connection, os, platform, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def skipped(cell, flags):
     return directives.get('eval:', [''])[0].lower()=='false' or bool(flags & directives.keys())
 
 def execute(path, dst, allow):
-    "Execute the notebook `path`, clean it, and write it to `dst`; exit code 1 names the cell that failed"
+    "Execute the notebook `path`, clean it, and write it to `dst`; its end names the cell that failed"
     sys.path[0] = str(ROOT)   # the checkout in place of tests/tools/
     from execnb.nbio import read_nb, write_nb, _dict2obj
     from execnb.shell import CaptureShell
@@ -69,18 +69,52 @@ def execute(path, dst, allow):
 
 def where(path, i, cell): return f'{Path(path).name} cell {i+1} (#{cell.get("id", "")})'
 
-def in_fresh_process(path, flags, timeout, native=False):
-    "Execute `path` in a process of its own; returns its text before and after (None on failure), seconds, error text"
-    start,before = time.time(),path.read_text(encoding='utf-8')
+def preload():
+    "What takes seconds to import, once, before the forks; nanowhale itself is not among it"
+    import datasets, execnb.shell, matplotlib.pyplot, nbdev.clean, torch, torch.testing, torch.utils.data   # noqa: F401
+    from transformers import AutoModelForCausalLM, DeepseekV4ForCausalLM, PreTrainedTokenizerFast   # noqa: F401
+
+def child(path, dst, log, allow):
+    "Execute a notebook in its folder; what it prints besides its outputs goes to the file `log`"
+    out = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
+    for fd in (1, 2): os.dup2(out, fd)
+    os.chdir(path.parent)
+    execute(path, dst, allow)
+
+def serve(folder, jobs, timeout, allow, *files):
+    "Execute each notebook in a process of its own, `jobs` at a time, into a folder; print a line of JSON for each that ended"
+    forks = 'fork' in multiprocessing.get_all_start_methods() and sys.platform!='darwin'
+    context,waiting,running = multiprocessing.get_context('fork' if forks else 'spawn'), list(enumerate(map(Path, files))), {}
+    if forks and len(files)>4: preload()   # fewer import it sooner themselves
+    while waiting or running:
+        while waiting and len(running)<int(jobs):
+            i,path = waiting.pop(0)
+            process = context.Process(target=child, args=(path, Path(folder)/f'{i}.ipynb', Path(folder)/f'{i}.log', allow.split()))
+            process.start()
+            running[process.sentinel] = i,process,time.monotonic()
+        ended = multiprocessing.connection.wait(list(running), timeout=1)
+        late = [s for s,(_,_,began) in running.items() if time.monotonic()-began>float(timeout) and s not in ended]
+        for s in [*ended, *late]:
+            i,process,began = running.pop(s)
+            if s in late: process.kill()
+            process.join()
+            print(json.dumps(dict(i=i, code=process.exitcode, late=s in late, seconds=time.monotonic()-began)), flush=True)
+
+def executed(files, flags, jobs=1, timeout=3600, native=False):
+    "Execute the notebooks under `ENV`; yields path, its text before and after (None on failure), seconds, error text, as they end"
     env = {**os.environ, **ENV, **({} if native else KERNELS), 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     if 'cuda' in flags: env['CUDA_VISIBLE_DEVICES'] = '0'
-    with tempfile.TemporaryDirectory() as tmp:
-        dst = Path(tmp)/path.name
-        try: res = subprocess.run([sys.executable, __file__, '_execute', str(path), str(dst), '--flags', ' '.join(flags)],
-                                  cwd=path.parent, env=env, check=False, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired: return before, None, time.time()-start, f'{path.name}: not done after {timeout} s'
-        after = dst.read_text(encoding='utf-8') if dst.exists() and res.returncode==0 else None
-    return before, after, time.time()-start, '' if after else (res.stderr.strip() or f'{path.name}: exit code {res.returncode}')
+    before = [path.read_text(encoding='utf-8') for path in files]
+    with tempfile.TemporaryDirectory() as d:
+        words = [d, jobs, timeout, ' '.join(flags), *(path.resolve() for path in files)]
+        server = subprocess.Popen([sys.executable, __file__, '_serve', *map(str, words)], env=env, stdout=subprocess.PIPE, text=True)
+        for said in map(json.loads, server.stdout):
+            path,dst,log = files[i := said['i']], Path(d)/f'{i}.ipynb', Path(d)/f'{i}.log'
+            after = dst.read_text(encoding='utf-8') if dst.exists() and said['code']==0 else None
+            err = log.read_text(errors='replace').strip() if log.exists() else ''
+            if said['late']: err = f'{path.name}: not done after {timeout:g} s'
+            yield path, before[i], after, said['seconds'], '' if after else err or f'{path.name}: exit code {said["code"]}'
+        if server.wait(): sys.exit(f'the process that executes the notebooks ended with {server.returncode}')
 
 def pixels(png):
     "PNG in base64, drawn on white, as an array; and the program that wrote it"
@@ -129,18 +163,17 @@ def keep_equal_pictures(old, new):
 def work(files, mode, flags, jobs, exact, timeout, native=False):
     "Run or check `files`; returns the number of notebooks that failed"
     start,failed = time.time(),0
-    with ThreadPoolExecutor(jobs) as pool:
-        for path,(before,after,secs,err) in zip(files, pool.map(lambda p: in_fresh_process(p, flags, timeout, native), files)):
-            *trace,line = err.splitlines() or ['']
-            if trace: print(*trace, sep='\n', file=sys.stderr)
-            problems = [line] if err else []
-            if not err:
-                old,new = json.loads(before), json.loads(after)
-                if mode=='check': problems = list(stale(old, new, path, exact))
-                elif path.read_text(encoding='utf-8')!=before: problems = ['edited while it ran, so nothing was stored: run it again']
-                else: path.write_text(json.dumps(keep_equal_pictures(old, new), sort_keys=True, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
-            failed += bool(problems)
-            print(f'{secs:6.1f} s  {path.name}  {"FAILED" if problems else "ok"}', *problems, sep='\n    ', flush=True)
+    for path,before,after,secs,err in executed(files, flags, jobs, timeout, native):
+        *trace,line = err.splitlines() or ['']
+        if trace: print(*trace, sep='\n', file=sys.stderr)
+        problems = [line] if err else []
+        if not err:
+            old,new = json.loads(before), json.loads(after)
+            if mode=='check': problems = list(stale(old, new, path, exact))
+            elif path.read_text(encoding='utf-8')!=before: problems = ['edited while it ran, so nothing was stored: run it again']
+            else: path.write_text(json.dumps(keep_equal_pictures(old, new), sort_keys=True, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+        failed += bool(problems)
+        print(f'{secs:6.1f} s  {path.name}  {"FAILED" if problems else "ok"}', *problems, sep='\n    ', flush=True)
     print(f'{time.time()-start:6.1f} s  {len(files)} notebooks, {failed} failed')
     return failed
 
@@ -184,7 +217,7 @@ def write_readme(check):
     return 0
 
 def main():
-    if sys.argv[1:2]==['_execute']: return execute(sys.argv[2], sys.argv[3], sys.argv[5].split())
+    if sys.argv[1:2]==['_serve']: return serve(*sys.argv[2:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('mode', choices=['run', 'check', 'readme'])
     p.add_argument('files', nargs='*', type=Path, help='notebooks (default: all of nbs/)')
