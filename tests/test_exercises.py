@@ -67,6 +67,9 @@ OTHERS = dict(   # what people write, by other means than the list of mistakes: 
     speedup=(lambda ours, theirs: (theirs[1:]/ours[1:]).quantile(.5).item(), 'median of ratios'),
     second_guess=(lambda mtp, ids, docs: (mtp[:,:-1].argmax(-1)==ids[:,1:])[(docs[:,1:]==docs[:,:-1])&(docs[:,1:]>=0)].float().mean(), 'was told'),
     sink_share=(lambda scores, sinks, mask: 1/(1+(scores-sinks[:,None]).exp().masked_fill(~mask[:,:,None], 0).sum(-1)).mean((0,1)), 'a share of sums'),
+    online_step=(lambda o, m, total, z, v: (o+(z-torch.maximum(m, z.amax(-1))[...,None]).exp()@v[:,None], torch.maximum(m, z.amax(-1)),
+        (m-torch.maximum(m, z.amax(-1))).exp()*total+(z-torch.maximum(m, z.amax(-1))[...,None]).exp().sum(-1)), 'output so far'),
+    queue=(lambda idx: (idx.flatten()[:,None]==idx.flatten()).tril().sum(1).view_as(idx), 'has place 0'),
     streams_left=(lambda combs: functools.reduce(lambda x, c: c@x, combs), 'comes first'),
     answer_labels=(lambda ids, who: [i if w else -100 for i,w in zip(ids, who)], 'to ask as well'))
 
