@@ -736,6 +736,37 @@ def _embedding_too(*args): return _flops(*args, embed=True)
     'six for every weight counts embedding, norms and resting experts as well')
 def _every_weight(*args): return _flops(*args, embed=True, every=True, vectors=True)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #c6a44d93
+from ..presets import cache_bytes, count_params
+
+# %% ../../nbs/appendix/95_exercises.ipynb #8c720e53
+def _most_tokens(bytes_each=2, unread=('embed', 'mtp'), active=True):
+    "Tokens a second that 40 GB/s allow the 110M whale, which has read 144"
+    cfg = nanowhale_100m()
+    n = count_params(cfg, active)
+    read = sum(v for part,v in n.items() if part not in unread)+cfg.hidden_size
+    return 40e9/(read*bytes_each+cache_bytes(cfg, 144, bytes_each))
+
+@prediction('decode_ceiling', within=0.015)
+def _by_memory(): return _most_tokens()
+
+@mistake('decode_ceiling', 'bfloat16 has two bytes a number, float32 four')
+def _four_bytes(): return _most_tokens(4)
+
+@mistake('decode_ceiling', 'an embedding is looked up: a token reads one row of it')
+def _whole_embedding(): return _most_tokens(unread=('mtp',))
+
+@mistake('decode_ceiling', 'a token visits two of the four experts and the shared one: '
+    'the other two stay unread')
+def _resting_experts(): return _most_tokens(active=False)
+
+@mistake('decode_ceiling', 'the MTP block takes no part when one text is written token by token')
+def _mtp_too(): return _most_tokens(unread=('embed',))
+
+@mistake('decode_ceiling', 'not every weight is read: leave out resting experts, the MTP block, '
+    'and the embedding but for one row')
+def _all_weights(): return _most_tokens(unread=(), active=False)
+
 # %% ../../nbs/appendix/95_exercises.ipynb #4498a49c
 def _median(seconds): return seconds.quantile(.5)
 def _speedup(ours, theirs, first=1, middle=_median):

@@ -12,6 +12,7 @@
     python tests/tools/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
     python tests/tools/measure.py bench [--repeats N --sizes 1x512 ... --compile --profile]   `nanowhale bench` on this processor   results/bench.json
     python tests/tools/measure.py bench_v4 [--repeats N]     the same for the preset with compressed attention          results/bench_v4.json
+    python tests/tools/measure.py rungs [--repeats N --sizes 1x512 ... --precision fp32 ...]   a part of the fast set a rung   results/rungs.json
     python tests/tools/measure.py explorers [--model FOLDER]  page weight, seconds to the first token, logits      results/explorers.json
     python tests/tools/measure.py full --data DATA --tokenizer FOLDER [--steps N] [--device cuda] [--eval FILE] [--resume]
                                                        the 110M whale: both recipes in bf16, one in fp32     results/full.json
@@ -332,6 +333,19 @@ def bench_v4(args):
     "The one that leaves nothing of V4 out"
     benched('bench_v4', 'nanowhale_v4', args)
 
+def rungs(args):
+    "A step of the 110M whale and a decoded token, one part of the fast set more a rung; an entry for each processor and shape"
+    import rungs as tool
+    from nanowhale.fast.bench import add_to
+    from nanowhale.processor import processor
+    head = provenance('python tests/tools/measure.py rungs')
+    for dtype in args.precision:
+        for size in args.sizes:
+            B,T = map(int, size.split('x'))
+            res = tool.measure(args.preset, B, T, dtype, args.repeats, args.device)
+            print(tool.table(res), flush=True)
+            add_to(args.out, res|dict(command=head['command'], commit=head['commit'], processor=processor()))
+
 EVERYWHERE = '''
 import re, sys, torch, nanowhale.model.whale as M, nanowhale.train.loop as T
 from nanowhale.cli import main
@@ -493,6 +507,10 @@ if __name__=='__main__':
         a.add_argument('--sizes', nargs='*', default=sizes, help='rows x context')
         a.add_argument('--precision', nargs='*', default=['fp32', 'bf16'])
         for flag in ('profile', 'compile'): a.add_argument(f'--{flag}', action='store_true')
+    a = sub.add_parser('rungs'); a.set_defaults(f=rungs); a.add_argument('--repeats', type=int, default=5)
+    a.add_argument('--sizes', nargs='*', default=['1x512'], help='rows x context'); a.add_argument('--precision', nargs='*', default=['fp32'])
+    a.add_argument('--preset', default='nanowhale_100m'); a.add_argument('--device')
+    a.add_argument('--out', default=ROOT/'results/rungs.json', help='file to add the figures to')
     a = sub.add_parser('explorers'); a.set_defaults(f=explorers); a.add_argument('--model', help='folder of a trained run; none: the default run first')
     a.add_argument('--loads', type=int, default=5)
     a = sub.add_parser('full'); a.set_defaults(f=full)
