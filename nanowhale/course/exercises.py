@@ -769,6 +769,58 @@ def _of_lower_medians(ours, theirs): return _speedup(ours, theirs, middle=torch.
 @mistake('speedup', 'first the median of each, then one ratio: yours is a median of ratios')
 def _median_of_ratios(ours, theirs): return _median((theirs/ours)[1:]).item()
 
+# %% ../../nbs/appendix/95_exercises.ipynb #e30cf12b
+def _bend(operations=2, size=4): return 400/50*size/operations
+
+@prediction('roof_rows', within=0)
+def _roof_rows():
+    "Rows from which on a product needs more operations than 400/50 for each byte of W"
+    return _bend()
+
+@mistake('roof_rows', 'a weight takes part in a multiplication and an addition: two operations')
+def _one_operation(): return _bend(operations=1)
+
+@mistake('roof_rows', 'a weight in float32 has four bytes: two are those of bfloat16')
+def _two_bytes(): return _bend(size=2)
+
+@mistake('roof_rows', 'the machine reads bytes, and a weight has four of them')
+def _one_byte(): return _bend(size=1)
+
+def _blocked(x, W, b, whole=False, replace=False, square=False):
+    "`x @ W.T` by blocks, and the numbers read; `whole` blocks only, or counted as if all were"
+    y = x.new_zeros(len(x), len(W))
+    read = 0
+    def starts(n): return range(0, n-n%b if whole else n, b)
+    for m in starts(len(x)):
+        for n in starts(len(W)):
+            for k in starts(x.shape[1]):
+                A,B = x[m:m+b,k:k+b], W[n:n+b,k:k+b]
+                y[m:m+b,n:n+b] = A@B.T + (0 if replace else y[m:m+b,n:n+b])
+                read += 2*b*b if square else A.numel()+B.numel()
+    return y, read
+
+@exercise('blocked', _blocked)
+def _rows_and_columns(more):
+    def pair(): return randn(7+more, 10+more), randn(5+more, 10+more)
+    return [(*pair(), 3), (*pair(), 4)]
+
+@mistake('blocked', 'the sum over K goes on from block to block: add to y, do not replace it')
+def _replaced(x, W, b): return _blocked(x, W, b, replace=True)
+
+@mistake('blocked', 'where b does not divide a size the last block is smaller, and it counts')
+def _whole_blocks(x, W, b): return _blocked(x, W, b, whole=True)
+
+@mistake('blocked', 'count what a block holds: at the edges that is less than b times b')
+def _square_blocks(x, W, b): return _blocked(x, W, b, square=True)
+
+@mistake('blocked', 'every block of y reads its rows of x and of W anew: you read each matrix once')
+def _read_once(x, W, b): return _blocked(x, W, b)[0], x.numel()+W.numel()
+
+@mistake('blocked', 'the question is what is read: leave out what is written to y')
+def _writes_too(x, W, b):
+    y,read = _blocked(x, W, b)
+    return y, read+y.numel()*len(range(0, x.shape[1], b))
+
 # %% ../../nbs/appendix/95_exercises.ipynb #c47303e7
 def _keys(scores, mask):
     "Log-sum-exp [B,T,H] of the scores that a query sees"
