@@ -32,6 +32,7 @@ def read_cpuinfo(
     flags = field('flags') or field('Features')
     return Processor(field('model name') or platform.machine(), maker, frozenset(flags.split()))
 
+# %% ../nbs/appendix/87_processor.ipynb #e8279804
 def read_sysctl(
     text:str,     # of macOS's `sysctl machdep.cpu hw.optional`
 ) -> Processor:
@@ -120,6 +121,7 @@ def bf16_pace(
     seconds(full), seconds(half)        # the first call prepares a kernel
     return median(seconds(full)/seconds(half) for _ in range(pairs))
 
+# %% ../nbs/appendix/87_processor.ipynb #cb317c73
 @cache
 def bf16_here() -> tuple[bool, str]:   # is it fast, and how do we know
     "Is bfloat16 worth using on this processor?"

@@ -1,4 +1,6 @@
 """Matrix products: every size, view and type, with whichever library computes them, against plain sums in float64"""
+import json
+from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch.testing import assert_close
 from nanowhale.fast import products as L
@@ -55,3 +57,13 @@ def test_autocast_decides():
 def test_products(n, size):
     x,W = torch.randn(n, size, 160),torch.randn(n, size+3, 160)
     assert_close(L.products(x, W), (x.double()@W.double().mT).float(), atol=1e-4, rtol=1e-5)
+
+MACHINES = json.loads((Path(__file__).resolve().parents[1]/'results/products.json').read_text())['machines']
+
+@pytest.mark.parametrize('m', [m for m in MACHINES if m.get('ceiling')], ids=lambda m: m['processor'])
+def test_no_product_exceeds_the_ceiling_of_its_processor(m):
+    "A rate above it would mean that one of the two was measured wrongly"
+    float32 = [rate for name,rate in m['gflops'].items() if name!='bfloat16']
+    float32 += [rate for shape in m['step'] for lib in ('BLAS', 'oneDNN') for rate in shape[lib].values()]
+    assert max(float32)<m['ceiling']['float32']
+    assert m['gflops']['bfloat16']<m['ceiling'].get('bfloat16', float('inf'))

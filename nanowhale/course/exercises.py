@@ -800,6 +800,171 @@ def _of_lower_medians(ours, theirs): return _speedup(ours, theirs, middle=torch.
 @mistake('speedup', 'first the median of each, then one ratio: yours is a median of ratios')
 def _median_of_ratios(ours, theirs): return _median((theirs/ours)[1:]).item()
 
+# %% ../../nbs/appendix/95_exercises.ipynb #e30cf12b
+def _bend(operations=2, size=4): return 400/50*size/operations
+
+@prediction('roof_rows', within=0)
+def _roof_rows():
+    "Rows from which on a product needs more operations than 400/50 for each byte of W"
+    return _bend()
+
+@mistake('roof_rows', 'a weight takes part in a multiplication and an addition: two operations')
+def _one_operation(): return _bend(operations=1)
+
+@mistake('roof_rows', 'a weight in float32 has four bytes: two are those of bfloat16')
+def _two_bytes(): return _bend(size=2)
+
+@mistake('roof_rows', 'the machine reads bytes, and a weight has four of them')
+def _one_byte(): return _bend(size=1)
+
+def _blocked(x, W, b, whole=False, replace=False, square=False):
+    "`x @ W.T` by blocks, and the numbers read; `whole` blocks only, or counted as if all were"
+    y = x.new_zeros(len(x), len(W))
+    read = 0
+    def starts(n): return range(0, n-n%b if whole else n, b)
+    for m in starts(len(x)):
+        for n in starts(len(W)):
+            for k in starts(x.shape[1]):
+                A,B = x[m:m+b,k:k+b], W[n:n+b,k:k+b]
+                y[m:m+b,n:n+b] = A@B.T + (0 if replace else y[m:m+b,n:n+b])
+                read += 2*b*b if square else A.numel()+B.numel()
+    return y, read
+
+@exercise('blocked', _blocked)
+def _rows_and_columns(more):
+    def pair(): return randn(7+more, 10+more), randn(5+more, 10+more)
+    return [(*pair(), 3), (*pair(), 4)]
+
+@mistake('blocked', 'the sum over K goes on from block to block: add to y, do not replace it')
+def _replaced(x, W, b): return _blocked(x, W, b, replace=True)
+
+@mistake('blocked', 'where b does not divide a size the last block is smaller, and it counts')
+def _whole_blocks(x, W, b): return _blocked(x, W, b, whole=True)
+
+@mistake('blocked', 'count what a block holds: at the edges that is less than b times b')
+def _square_blocks(x, W, b): return _blocked(x, W, b, square=True)
+
+@mistake('blocked', 'every block of y reads its rows of x and of W anew: you read each matrix once')
+def _read_once(x, W, b): return _blocked(x, W, b)[0], x.numel()+W.numel()
+
+@mistake('blocked', 'the question is what is read: leave out what is written to y')
+def _writes_too(x, W, b):
+    y,read = _blocked(x, W, b)
+    return y, read+y.numel()*len(range(0, x.shape[1], b))
+
+# %% ../../nbs/appendix/95_exercises.ipynb #917b17ec
+def _kept_bytes(divisions=2*20-1, numbers=16+4, sublayers=2*8):
+    return 2048*sublayers*divisions*numbers*4
+
+@prediction('sinkhorn_kept', within=0.01)
+def _sinkhorn_kept():
+    "What 39 divisions keep in 16 sublayers, for 2,048 tokens in float32"
+    return _kept_bytes()
+
+@mistake('sinkhorn_kept', 'sources are divided one time less than targets: 39 divisions, not 40')
+def _forty_divisions(): return _kept_bytes(divisions=40)
+
+@mistake('sinkhorn_kept', 'a round is a division over sources and one over targets')
+def _one_a_round(): return _kept_bytes(divisions=20)
+
+@mistake('sinkhorn_kept', 'the backward needs the sums as well: four numbers for each division')
+def _results_only(): return _kept_bytes(numbers=16)
+
+@mistake('sinkhorn_kept', 'a layer has two sublayers, each with a mix of its own')
+def _one_a_layer(): return _kept_bytes(sublayers=8)
+
+def _divide_back(m, d, iters, eps, last=False, forwards=False, inputs=False, constant=False):
+    "The gradient `d` after all divisions of m [j,k,T], carried back; or with a part of it wrong"
+    steps = []
+    for axis in ([0,1]*iters)[:None if last else -1]:
+        s = m.sum(axis, keepdim=True)+eps
+        y = m/s
+        steps.append((axis, m if inputs else y, s))
+        m = y
+    for axis,y,s in steps if forwards else reversed(steps):
+        d = (d if constant else d-(d*y).sum(axis, keepdim=True))/s
+    return d
+
+@exercise('divide_back', _divide_back)
+def _matrices_and_gradients(more):
+    def case(iters):
+        N,T = 3+more, 4+more
+        return torch.rand(N, N, T)+.1, randn(N, N, T), iters, uniform(.2, .5)
+    return [case(2), case(3+more)]
+
+@mistake('divide_back', 'the last division comes back first: go through the list backwards')
+def _forwards(*args): return _divide_back(*args, forwards=True)
+
+@mistake('divide_back', 'the rule needs the result y of each division, not what went into it')
+def _with_the_input(*args): return _divide_back(*args, inputs=True)
+
+@mistake('divide_back', 'the sum hangs on the numbers as well: subtract the mean of d over y')
+def _sums_are_constant(*args): return _divide_back(*args, constant=True)
+
+@mistake('divide_back', 'sources come last: the list ends with axis 0, one division earlier')
+def _one_division_more(*args): return _divide_back(*args, last=True)
+
+@mistake('divide_back', 'a matrix m is divided again with eps: its sums are not the bare ones')
+def _without_eps(m, d, iters, eps): return _divide_back(m, d, iters, 0)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #29f71d6c
+def _wrong_side(gap=.02, noise=.04*2**.5): return .5*(1+math.erf(-gap/noise/2**.5))
+
+@prediction('stopwatch', within=0.03)
+def _stopwatch():
+    "Two timings, each off by 4 %, of libraries 2 % apart: the chance that the slower one wins"
+    return _wrong_side()
+
+@mistake('stopwatch', 'both timings are off: their difference is off by the root of two more')
+def _one_is_exact(): return _wrong_side(noise=.04)
+
+@mistake('stopwatch', 'independent errors do not add up: their squares do')
+def _errors_add_up(): return _wrong_side(noise=.08)
+
+@mistake('stopwatch', 'not quite a coin: the faster library keeps an advantage')
+def _a_coin(): return .5
+
+def _blocks(text, names=('flags', 'Features')):
+    "The words of the line of flags, for each processor"
+    rows = (line.partition(':') for block in text.split('\n\n') for line in block.splitlines())
+    return [words.split() for name,_,words in rows if name.strip() in names]
+
+def _common(text):
+    return sorted(set.intersection(*map(set, _blocks(text))))
+
+@exercise('common_flags', _common)
+def _cpuinfos(more):
+    known = 'fma avx avx2 avx512f avx512_bf16 bf16 amx_bf16 sse4_1 sse4_2 asimd i8mm'.split()
+    def text(name, n):
+        always = [known[i] for i in torch.randperm(len(known))[:4].tolist()]
+        def flags():
+            own = [f for f in known if f in always or between(0, 9)<5]
+            return ' '.join(own[i] for i in torch.randperm(len(own)).tolist())
+        alike = f'model name\t: one with bf16\n{name}\t\t: '
+        return '\n\n'.join(f'processor\t: {i}\n{alike}{flags()}' for i in range(n))
+    nested = 'processor: 0\nflags: avx bf16 fma\n\nprocessor: 1\nflags: avx512_bf16 fma avx2'
+    return [(text('flags', 2+more),), (text('Features', 3+more),), (nested,)]
+
+@mistake('common_flags', 'there is more than one processor: what the first has, another may lack')
+def _first_processor(text): return sorted(_blocks(text)[0])
+
+@mistake('common_flags', 'what one of them has is not enough: keep what all of them have')
+def _any_processor(text): return sorted(set().union(*_blocks(text)))
+
+@mistake('common_flags', 'a flag is a word: bf16 also stands within avx512_bf16')
+def _within_the_line(text):
+    rows = [' '.join(words) for words in _blocks(text)]
+    return sorted(f for f in _blocks(text)[0] if all(f in row for row in rows))
+
+@mistake('common_flags', 'on Arm the line is called Features')
+def _x86_only(text):
+    rows = _blocks(text, names=('flags',))
+    return sorted(set.intersection(*map(set, rows))) if rows else []
+
+@mistake('common_flags', 'sort them: sets have no order of their own')
+def _as_they_stand(text):
+    return [f for f in _blocks(text)[0] if f in _common(text)]
+
 # %% ../../nbs/appendix/95_exercises.ipynb #35000001
 @prediction('logits_outweigh', within=0.01)
 def _logits_outweigh(V=129280, D=320): return V*D/(V-D)

@@ -9,6 +9,7 @@
     python tests/tools/measure.py identity [--model FOLDER]  greedy ids: ours, transformers', speculative            results/identity.json
     python tests/tools/measure.py muon [--seeds 5]           Muon's rounds in float32 and in bfloat16              results/muon.json
     python tests/tools/measure.py products                   one matrix product, by several libraries                 results/products.json
+    python tests/tools/measure.py ceiling                    what the cores can do at most (needs a C compiler)      results/products.json
     python tests/tools/measure.py scaling                    what a layer costs against context, rows, experts, streams   results/scaling.json
     python tests/tools/measure.py bench [--repeats N --sizes 1x512 ... --compile --profile]   `nanowhale bench` on this processor   results/bench.json
     python tests/tools/measure.py bench_v4 [--repeats N]     the same for the preset with compressed attention          results/bench_v4.json
@@ -149,10 +150,30 @@ def products(args):
     took = alternate({'BLAS': lambda: F.linear(one, head), 'oneDNN': lambda: onednn(one, head)}, 7)
     here = dict(processor=processor(), maker=this_processor().maker, instructions=instruction_set(), threads=torch.get_num_threads(),
         commit=provenance('')['commit'], torch=torch.__version__, gflops=rates, one_row_gbytes={name: round(head.nbytes/s/1e9, 1) for name,s in took.items()},
-        step=products_of_a_step())
+        step=products_of_a_step(), ceiling=peak(torch.get_num_threads()))
     path = ROOT/'results/products.json'
     others = [m for m in json.loads(path.read_text())['machines'] if m['processor']!=here['processor']]
     record('products', seed=0, machines=[*others, here])
+
+def peak(threads):
+    "GFLOP/s of multiply-adds on registers alone, by type; None where nothing compiles C"
+    with tempfile.TemporaryDirectory() as d:
+        build = ['-O2', '-march=native', '-ffp-contract=fast', str(ROOT/'tests/tools/peak.c'), '-o', f'{d}/peak', '-lpthread']
+        try: subprocess.run([os.environ.get('CC', 'cc'), *build], check=True)
+        except (OSError, subprocess.CalledProcessError): return None
+        out = subprocess.run([f'{d}/peak', str(threads)], check=True, capture_output=True, text=True).stdout
+    return {name: float(rate) for name,rate in map(str.split, out.splitlines())} | dict(commit=provenance('')['commit'])
+
+def ceiling(args):
+    "The same for this processor's entry of an earlier day"
+    from nanowhale.processor import processor
+    path = ROOT/'results/products.json'
+    kept = json.loads(path.read_text())
+    here = next((m for m in kept['machines'] if m['processor']==processor()), None)
+    if not here: sys.exit(f'{processor()} has no entry yet: python tests/tools/measure.py products makes one, with its ceiling')
+    here['ceiling'] = peak(here['threads'])
+    path.write_text(json.dumps(kept, indent=1)+'\n')
+    print(here['ceiling'])
 
 def products_of_a_step():
     "GFLOP/s of both libraries at the shapes of a training step of 512 tokens: forward, and the gradients of x and of W"
@@ -499,6 +520,7 @@ if __name__=='__main__':
         a.add_argument(f'--{name.replace("_", "-")}', type=int, default=n)
     sub.add_parser('products').set_defaults(f=products)
     a = sub.add_parser('loss'); a.set_defaults(f=loss); a.add_argument('--repeats', type=int, default=5)
+    sub.add_parser('ceiling').set_defaults(f=ceiling)
     a = sub.add_parser('muon'); a.set_defaults(f=muon)
     for name,n in dict(seeds=5, steps=75).items(): a.add_argument(f'--{name}', type=int, default=n)
     for f,sizes in ((scaling, None), (bench, ['1x512', '2x1024', '1x2048']), (bench_v4, ['1x512'])):
