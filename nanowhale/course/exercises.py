@@ -430,10 +430,10 @@ def _all_of_them(): return 5000
 @prediction('exit_code', within=0)
 def _killed(): return 128+9
 
-@mistake('exit_code', 'the shell adds 128, so that a signal cannot be taken for the program\'s code')
+@mistake('exit_code', 'the shell adds 128: a signal must not be taken for a code of the program')
 def _the_signal(): return 9
 
-@mistake('exit_code', 'so Python\'s subprocess would tell it; a shell has no negative codes')
+@mistake('exit_code', 'Python\'s subprocess would say so; a shell has no negative codes')
 def _negative(): return -9
 
 @mistake('exit_code', 'that is SIGTERM, number 15; kill -9 sends number 9')
