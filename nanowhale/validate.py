@@ -9,11 +9,12 @@ __all__ = ['SCORING', 'OWN', 'MAX_ITERS', 'reject', 'check_kind', 'number_fields
 # %% ../nbs/appendix/89_validate.ipynb #8b0eb49b
 from dataclasses import fields
 
-# %% ../nbs/appendix/89_validate.ipynb #500fba75
+# %% ../nbs/appendix/89_validate.ipynb #5196d74c
 def reject(field, value, rule):
     "Stop with one line that names the field, shows its value and says what would do instead"
     raise ValueError(f'{field}={value!r:.80}: {rule}')
 
+# %% ../nbs/appendix/89_validate.ipynb #500fba75
 def check_kind(field, value, kind):   # a name for the message, what it holds, its annotation
     "Refuse a value that is not of the kind its field is annotated with"
     kinds = getattr(kind, '__args__', (kind,))
@@ -31,7 +32,7 @@ def check_kind(field, value, kind):   # a name for the message, what it holds, i
         tuple: (isinstance(value, (list,tuple)), 'a list, one entry a layer')}[kinds[0]]
     if not ok: reject(field, value, f'must be {rule}')
 
-# %% ../nbs/appendix/89_validate.ipynb #23223c46
+# %% ../nbs/appendix/89_validate.ipynb #252f3765
 SCORING = ('sqrtsoftplus', 'sigmoid', 'softmax')   # the router's scores
 OWN = ('n_shared_experts', 'num_nextn_predict_layers', 'initializer_range')   # have other rules
 MAX_ITERS = 1000   # rounds of Sinkhorn beyond which a file is damaged, or means harm
@@ -43,29 +44,42 @@ def number_fields(
     "Fields that hold sizes (int) or positive numbers (float), without those in `OWN`"
     return tuple(f.name for f in fields(cls) if f.type is kind and f.name not in OWN)
 
-def check_sizes(c):   # a `WhaleConfig` whose values have the right kinds
-    "Refuse sizes that are impossible, alone or together"
-    def need(field, ok, rule):
-        if not ok: reject(field, getattr(c, field), rule)
-    for f in number_fields(c, int): need(f, getattr(c, f)>=1, 'must be at least 1')
-    for f in number_fields(c, float): need(f, getattr(c, f)>0, 'must be above 0')
+def _need(c, field, ok, rule):
+    if not ok: reject(field, getattr(c, field), rule)
+
+# %% ../nbs/appendix/89_validate.ipynb #ddf45b50
+def _fit_together(c):
     R,K,G,E = c.qk_rope_head_dim, c.head_dim, c.o_groups, c.n_routed_experts
     even = f'must be even and between 2 and head_dim={K}, since channels rotate in pairs'
-    need('qk_rope_head_dim', R%2==0 and 2<=R<=K, even)
-    need('num_attention_heads', c.num_attention_heads%G==0, f'must be a multiple of o_groups={G}')
-    need('num_experts_per_tok', c.num_experts_per_tok<=E, f'cannot exceed n_routed_experts={E}')
-    need('scoring_func', c.scoring_func in SCORING, f"must be one of {', '.join(SCORING)}")
-    need('n_shared_experts', c.n_shared_experts==1, 'this version builds exactly 1')
-    need('num_nextn_predict_layers', c.num_nextn_predict_layers in (0,1), 'must be 0 or 1')
+    groups = f'must be a multiple of o_groups={G}'
+    _need(c, 'qk_rope_head_dim', R%2==0 and 2<=R<=K, even)
+    _need(c, 'num_attention_heads', c.num_attention_heads%G==0, groups)
+    _need(c, 'num_experts_per_tok', c.num_experts_per_tok<=E, f'cannot exceed n_routed_experts={E}')
+
+def _within_bounds(c):
     most = f'must be at most {MAX_ITERS}; V4 does 20'
-    need('hc_sinkhorn_iters', c.hc_sinkhorn_iters<=MAX_ITERS, most)
-    need('yarn_factor', c.yarn_factor>=1, 'must be at least 1, which stretches nothing')
-    need('initializer_range', c.initializer_range>=0, 'must not be negative')
+    _need(c, 'scoring_func', c.scoring_func in SCORING, f"must be one of {', '.join(SCORING)}")
+    _need(c, 'n_shared_experts', c.n_shared_experts==1, 'this version builds exactly 1')
+    _need(c, 'num_nextn_predict_layers', c.num_nextn_predict_layers in (0,1), 'must be 0 or 1')
+    _need(c, 'hc_sinkhorn_iters', c.hc_sinkhorn_iters<=MAX_ITERS, most)
+    _need(c, 'yarn_factor', c.yarn_factor>=1, 'must be at least 1, which stretches nothing')
+    _need(c, 'initializer_range', c.initializer_range>=0, 'must not be negative')
+
+# %% ../nbs/appendix/89_validate.ipynb #23223c46
+def _ids_in_vocabulary(c):
     known = f'must be None or an id from 0 to vocab_size-1={c.vocab_size-1}'
     for f in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
         ids = getattr(c, f)
         if not isinstance(ids, tuple): ids = (ids,)
-        need(f, all(i is None or 0<=i<c.vocab_size for i in ids), known)
+        _need(c, f, all(i is None or 0<=i<c.vocab_size for i in ids), known)
+
+def check_sizes(c):   # a `WhaleConfig` whose values have the right kinds
+    "Refuse sizes that are impossible, alone or together"
+    for f in number_fields(c, int): _need(c, f, getattr(c, f)>=1, 'must be at least 1')
+    for f in number_fields(c, float): _need(c, f, getattr(c, f)>0, 'must be above 0')
+    _fit_together(c)
+    _within_bounds(c)
+    _ids_in_vocabulary(c)
 
 # %% ../nbs/appendix/89_validate.ipynb #a215423b
 def check_layers(field, kinds, layers, known):   # a list; how many entries; the kinds there are
@@ -86,6 +100,7 @@ def rope_channels(c):   # a `WhaleConfig` as it was written
     if not 0<factor<=1: reject('partial_rotary_factor', factor, 'must be above 0 and at most 1')
     return int(c.head_dim*factor)
 
+# %% ../nbs/appendix/89_validate.ipynb #b24c8d79
 def settle(
     c,             # a `WhaleConfig` as it was written; what has a second spelling is stored in one
     layers:dict,   # field -> the kinds of layer that there are, the default first

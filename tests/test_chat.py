@@ -213,6 +213,76 @@ def test_bad_files_are_one_line(data, tmp_path, content, says):
     with pytest.raises(ValueError, match=says): train(chat=str(path), init=str(data/'base'), out=str(tmp_path/'out'), steps=1)
     assert main(['train', '--chat', str(path), '--out', str(tmp_path/'no-init')])==1
 
+# ---------------------------------------------------------------- what foreign templates and careless typists do
+
+def spoken(tok, template, messages, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(tok, 'chat_template', template)
+        return [C.render(tok, messages)[a:b] for a,b in C.answer_spans(tok, messages)]
+
+def test_templates_that_are_not_ours(tok, monkeypatch):
+    asked = [dict(role='user', content='why?'), dict(role='assistant', content='Far.')]
+    first = [dict(role='assistant', content='Hm.')]                          # nobody asked
+    assert spoken(tok, C.TEMPLATE, first+asked, monkeypatch)==['Hm.'+tok.eos_token, 'Far.'+tok.eos_token]
+    assert C.SIGN not in C.opening(tok, first, 0) and C.answer_spans(tok, asked[:1])==[]
+    refusal = "{{ raise_exception('no system message, please') }}"
+    with pytest.raises(ValueError, match=r'does not take this conversation \(no system message'): spoken(tok, refusal, asked, monkeypatch)
+    with pytest.raises(ValueError, match='rewrites earlier messages'): spoken(tok, '{{ messages[-1].content }}', asked, monkeypatch)
+
+def test_the_mark_that_ends_an_answer_becomes_the_end_mark():
+    tok = train_tokenizer([m['content'] for c in conversations(60) for m in c], 400)
+    assert tok.chat_template is None and C.ChatRun.fit_tokenizer(tok).chat_template==C.TEMPLATE
+    end = tok.eos_token
+    tok.add_special_tokens(dict(additional_special_tokens=['<|turn|>']))
+    tok.chat_template = C.TEMPLATE.replace('eos_token', "'<|turn|>'")
+    assert tok.eos_token==end and C.for_answers(tok).eos_token=='<|turn|>'
+
+def test_held_out_conversations_need_an_answer_that_fits(tok):
+    texts = [json.dumps(c) for c in conversations(3)]
+    with pytest.raises(ValueError, match='toy: no held-out conversation has an answer that fits'):
+        C.HeldOutChats(texts, tok, Recipe(chat='toy', init='a whale', context=3), 400)
+
+def test_empty_places_are_for_nobody(tok):
+    "Neither the load of a block nor that of the MTP block counts them, and two tokens stand before every answer"
+    rows,whale = C.pack_chats(tok, [json.dumps(c) for c in conversations(6)], 120),small()
+    main,ahead = n_targets(rows).tolist()
+    filled = (rows['docs']>=0).sum().item()
+    assert main==ahead==(rows['labels']!=-100).sum() and filled<rows['docs'].numel()
+    with torch.no_grad(): out = whale(**rows)
+    k = whale.cfg.num_experts_per_tok
+    assert out.expert_load.sum(-1).tolist()==[k*filled, k*ahead]
+
+def test_what_was_said_before_ctrl_c_stays(tok, monkeypatch):
+    def interrupted(whale, ids, tokens, on_token, **rules):
+        on_token(torch.tensor(tok('the whale', add_special_tokens=False).input_ids[:1]))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(C, 'generate', interrupted)
+    chat = C.Chat(small(), tok, tokens=400)
+    part = chat.answer('why?', len)
+    assert part and chat.messages[-1]==dict(role='assistant', content=part)
+    was = list(chat.messages)
+    with pytest.raises(ValueError, match='this message is too long'): chat.answer('a song '*600, len)
+    assert chat.messages==was                                                # refused, and nothing was said
+
+def test_what_a_person_may_type(tok, tmp_path, monkeypatch):
+    def replied(whale, ids, tokens, on_token, **rules): on_token(torch.tensor(tok('sea', add_special_tokens=False).input_ids[:1]))
+    monkeypatch.setattr(C, 'generate', replied)
+    chat,out = C.Chat(small(), tok, tokens=400),[]
+    def type_in(*lines):
+        lines = iter(lines)
+        def ask(_):
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException): raise line
+            return line
+        C.talk(chat, ask, out.append, len)
+        return out
+    type_in('why?', '/nap', f'/save {tmp_path}/a.jsonl', '/save', f'/save {tmp_path}/gone/a.jsonl', '', '/help', KeyboardInterrupt(), '/quit', 'never read')
+    assert [m['role'] for m in chat.messages]==['user', 'assistant'] and C.HELP in out
+    for says in ('there is no /nap', '(saved in ', 'save where?', 'No such file', '/quit or Ctrl-D ends'): assert any(says in line for line in out), says
+    assert len(C.check_messages(json.loads((tmp_path/'a.jsonl').read_text())['messages']))==2
+    type_in('/reset')
+    assert chat.messages==[]
+
 if __name__=='__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--data', required=True); parser.add_argument('--init', required=True)

@@ -347,3 +347,19 @@ def test_the_cards_sample_is_text(place):
     rows = [l for l in (d/'whale'/'README.md').read_text().split('\n') if l.startswith('| ')]
     sample = next(l for l in rows if l.startswith('| sample |'))
     assert '\\n' not in sample and sample.endswith(' |') and all(l.count('|')==3 for l in rows)
+
+def test_a_command_passes_its_words_on_in_their_places(monkeypatch):
+    "Two values exchanged on the way would run, and measure something else"
+    from nanowhale.fast import bench
+    from nanowhale.lab import ablate, ladder
+    given = dict(preset='tiny', batch_size=1, context=2, precision='bf16', max_new_tokens=3, repeats=4, device=None, profile=False, compile=True,
+        out='file', force=False)
+    got = {}
+    for module,name in ((bench, 'bench'), (ablate, 'ablate'), (ladder, 'ladder')):
+        names = [*inspect.signature(getattr(module, name)).parameters]
+        monkeypatch.setattr(module, name, lambda *args, names=names, name=name: got.update({name: dict(zip(names, args, strict=True))}))
+    cli.bench(**given)
+    cli.ablate('mtp', steps=9)
+    cli.ladder('plain', seeds=1)
+    assert got==dict(bench=given, ablate=dict(name='mtp', seeds=3, steps=9, out='ablate.json'),
+        ladder=dict(name='plain', seeds=1, steps=400, out='ladder.json'))

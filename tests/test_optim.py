@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from nanowhale.presets import tiny
 from nanowhale.model.whale import Whale
-from nanowhale.train.optim import LIFT, Muon, make_optimizers, schedule, split_params
+from nanowhale.train.optim import LIFT, Muon, make_optimizers, schedule, split_params, spread_as, whole
 from nanowhale.fast.kernels import KERNELS, use
 
 both = pytest.mark.parametrize('kernels', KERNELS)
@@ -65,6 +65,42 @@ def test_matrices_in_one_weight_move_like_single_ones():
     for p,x in zip(single, g.reshape(6, 4, 6)): p.grad = x.clone()
     Muon([dict(params=[stack], blocks=2)]).step(); Muon(single).step()
     assert_close(stack.detach().reshape(6, 4, 6), torch.stack([p.detach() for p in single]))
+
+def exact(G):
+    U,_,Vt = torch.linalg.svd(G, full_matrices=False)
+    return U@Vt
+
+def slowly(W, grads, orthogonal, lr=0.1, mu=0.95, decay=0.1):
+    "The rule for one matrix (V4 section 2.4), with any way to orthogonalise"
+    M = torch.zeros_like(W)
+    for G in grads:
+        M = mu*M+G
+        W = (1-lr*decay)*W-lr*0.18*max(W.shape)**0.5*orthogonal(mu*M+G)
+    return W
+
+@pytest.mark.parametrize('shapes,blocks', [([(6,4), (4,6), (3,4,6), (5,5)], 1), ([(10,3), (6,8)], 2)], ids=['tall, wide, stacked', 'two blocks'])
+@both
+def test_matrices_of_many_shapes_move_as_each_alone(shapes, blocks, kernels):
+    "In one step together, those of one shape and its transpose in one batch"
+    torch.manual_seed(0)
+    ps,grads = [nn.Parameter(torch.randn(s)) for s in shapes],[torch.randn(3, *s) for s in shapes]
+    was = [p.detach().clone() for p in ps]
+    opt = use(Muon([dict(params=ps, blocks=blocks)], lr=0.1), kernels)
+    for i in range(3):
+        for p,g in zip(ps, grads): p.grad = g[i].clone()
+        opt.step()
+    for p,w,g in zip(ps, was, grads):
+        size = p.shape[-2]//blocks, p.shape[-1]
+        for orthogonal,tol in ((opt.orthogonalize, 1e-5), (exact, 0.01)):
+            each = zip(w.reshape(-1, *size), g.reshape(3, -1, *size).unbind(1))
+            assert_close(p.detach(), torch.stack([slowly(x, y, orthogonal) for x,y in each]).reshape(p.shape), atol=tol, rtol=1e-4)
+    assert whole(was[0]) is was[0] and spread_as(was[0], ps[0]) is was[0]     # in one process there is nothing to gather
+
+def test_the_routers_bias_has_a_rule_of_its_own():
+    whale = Whale(tiny())
+    ids = {id(p) for o in make_optimizers(whale, 1e-3, 0.02) for g in o.param_groups for p in g['params']}
+    biases = {id(b) for n,b in whale.named_buffers() if n.endswith('bias')}
+    assert biases and not biases & ids
 
 def test_parameters_without_gradient_stay():
     p,q = nn.Parameter(torch.ones(2, 3)),nn.Parameter(torch.ones(2, 3))

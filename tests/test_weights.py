@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 import nanowhale.generate.weights as weights
 from nanowhale.model.whale import Whale
 from nanowhale.train.files import INDEX, WEIGHTS, atomic, read_file, read_json
-from nanowhale.generate.weights import (check_keys, n_mtp, native_name, read_config,
-    read_weights, translate, write_weights)
+from nanowhale.generate.weights import (check_blobs, check_keys, check_types, checksum, find_folder, hub_says, n_mtp, native_name, read_config,
+    read_weights, shard_names, stack_experts, translate, write_weights)
 from runs import PATIENCE
 from test_parity import pair, randomise, same_logits, small
 
@@ -372,3 +372,67 @@ def test_check_keys_takes_shapes_or_tensors():
     assert check_keys(state, {'a': (2, 3)}) is check_keys(state, {'a': [2, 3]}) is check_keys(state, state) is state
     for expected in ({'a': (3, 2)}, {'b': (2, 3)}, {}, {'a': (2, 3), 'b': ()}):
         with pytest.raises(ValueError): check_keys(state, expected)
+
+def test_one_kind_of_number_and_one_type():
+    half = {'lm_head.weight': torch.zeros(2, 3).bfloat16(), 'model.norm.weight': torch.zeros(3)}     # a norm may differ
+    assert check_types(half) is half
+    with pytest.raises(ValueError, match='lm_head.weight as torch.float32'):
+        check_types({'model.embed_tokens.weight': half['lm_head.weight'], 'lm_head.weight': half['lm_head.weight'].float()})
+    with pytest.raises(ValueError, match='lm_head.weight is stored as torch.int32'):
+        check_keys({'lm_head.weight': half['lm_head.weight'].int()}, {'lm_head.weight': half['lm_head.weight']})
+
+def test_experts_that_cannot_be_stacked():
+    parts = {(e,i): torch.zeros((6, 7) if i==2 else (7, 6)) for e in range(3) for i in (1, 2, 3)}
+    with pytest.raises(ValueError, match='here: the experts of x differ in shape'): stack_experts('x', parts|{(1,2): torch.zeros(5, 7)}, 'here')
+    assert not weights.EXPERT.fullmatch('model.layers.0.mlp.shared_experts.w3.weight')               # it stands alone
+    del parts[1,3]
+    with pytest.raises(ValueError, match='here: x.1.w3 is missing'): stack_experts('x', parts, 'here')
+
+# ---------------------------------------------------------------- folders, here and on the Hub
+
+def test_a_shard_without_what_its_index_promises(tmp_path):
+    save_file({'a': torch.zeros(2)}, tmp_path/'a.safetensors')
+    def say(where): (tmp_path/INDEX).write_text(json.dumps(dict(weight_map=where)))
+    say({'b': 'a.safetensors'})
+    with pytest.raises(ValueError, match="a.safetensors: 'b' is not in it"): read_weights(tmp_path)
+    say({})
+    with pytest.raises(ValueError, match='has no weight_map'): shard_names(tmp_path/INDEX)
+    (tmp_path/INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match='pickled weights'): read_weights(tmp_path)
+
+def test_another_model_is_refused_by_its_name(tmp_path):
+    (tmp_path/'config.json').write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llama'"): read_config(tmp_path)
+
+def test_shards_are_written_where_no_weights_are(tmp_path):
+    state = {k: torch.full((5,), float(i)) for i,k in enumerate('abc')}
+    assert write_weights(state, tmp_path, max_shard_size=20).name==INDEX
+    assert sorted(set(shard_names(tmp_path/INDEX).values()))==[f'model-0000{i}-of-00003.safetensors' for i in (1, 2, 3)]
+    same_state(read_weights(tmp_path), state)
+    with pytest.raises(FileExistsError, match='already holds weights'): write_weights(state, tmp_path, max_shard_size=20)
+
+def test_checksums_are_those_of_sha256sum_and_git(tmp_path):
+    (tmp_path/'hello').write_text('hello')
+    assert checksum(tmp_path/'hello')[:16]=='2cf24dba5fb0a30e'
+    assert checksum(tmp_path/'hello', git=True)=='b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0'
+    check_blobs(tmp_path)                          # no links: nothing was promised
+
+def test_only_data_is_wanted():
+    from fnmatch import fnmatch
+    data = ['config.json', 'model-00001-of-00002.safetensors', INDEX, 'tokenizer.json']
+    code = ['modeling_whale.py', 'tokenizer_whale.py', 'pytorch_model.bin']
+    assert [f for f in data+code if any(fnmatch(f, w) for w in weights.WANTED)]==data
+
+@pytest.mark.parametrize('name', ['whale', './gone', '/gone/away', '../x/y', 'a/b/c'])
+def test_a_mistyped_path_does_not_go_out_to_the_network(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, 'snapshot_download', lambda *a, **kw: pytest.fail('asked the Hub'))
+    with pytest.raises(FileNotFoundError, match='no such folder; name one'): find_folder(name)
+
+def test_a_folder_has_no_revision(tmp_path):
+    assert find_folder(tmp_path)==tmp_path
+    with pytest.raises(ValueError, match="a folder has no revision 'v1'"): find_folder(tmp_path, 'v1')
+
+def test_the_clients_errors_in_one_line():
+    assert '(disk full); try again' in hub_says(OSError('disk full\nsee the log'))
+    assert 'cannot be reached' in hub_says(weights.LocalEntryNotFoundError('...'))

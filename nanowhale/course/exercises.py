@@ -408,6 +408,58 @@ def _sparse_peak(): return _mfu(peak=2*989e12)
 @mistake('mfu', 'its MTP block computes logits a second time: count it as well')
 def _without_mtp(): return _mfu(num_nextn_predict_layers=0)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #12ccdf02
+def _equal_rates(steps=5000, longer=10_000):
+    "Steps that a run has at the same rate as a longer one: warmup 3 %, fall over the last 60 %"
+    def rate(s, n): return schedule(s, n, round(0.03*n), 0.6, 0.1)
+    return sum(abs(rate(s, steps)-rate(s, longer))<1e-9 for s in range(steps))
+
+@prediction('same_rate', within=0.01)
+def _same_rate(): return _equal_rates()
+
+@mistake('same_rate', 'the warmup is a share of the run too: the longer one rises until step 300')
+def _same_warmup(): return 2000-150
+
+@mistake('same_rate', 'the shorter run\'s rate falls from step 2,000 on, when 60 % of it are left')
+def _until_the_longer_falls(): return 4000-300
+
+@mistake('same_rate', 'every rate was planned to the last step: both the rise and the fall move')
+def _all_of_them(): return 5000
+
+# %% ../../nbs/appendix/95_exercises.ipynb #b2418cc9
+@prediction('exit_code', within=0)
+def _killed(): return 128+9
+
+@mistake('exit_code', 'the shell adds 128: a signal must not be taken for a code of the program')
+def _the_signal(): return 9
+
+@mistake('exit_code', 'Python\'s subprocess would say so; a shell has no negative codes')
+def _negative(): return -9
+
+@mistake('exit_code', 'that is SIGTERM, number 15; kill -9 sends number 9')
+def _terminated(): return 128+15
+
+@mistake('exit_code', 'that is Ctrl-C, number 2; kill -9 sends number 9')
+def _interrupted(): return 128+2
+
+@mistake('exit_code', 'nobody is there any more to answer in one line and return 1')
+def _answered(): return 1
+
+# %% ../../nbs/appendix/95_exercises.ipynb #17c1f360
+def _rotating(times, head_dim=512, share=0.125): return head_dim*share**times
+
+@prediction('factor_twice', within=0)
+def _factor_twice(): return _rotating(2)
+
+@mistake('factor_twice', 'that is the share taken once, as it should be')
+def _once(): return _rotating(1)
+
+@mistake('factor_twice', 'an eighth of the 64 that rotate, not an eighth of the pairs')
+def _of_pairs(): return _rotating(2)/2
+
+@mistake('factor_twice', 'the share is taken of what rotates already, not added to it')
+def _added(): return _rotating(1)*2
+
 # %% ../../nbs/appendix/95_exercises.ipynb #17a9e6c2
 def _surprise(logits): return -logits.softmax(-1).log()
 def _distance(logits):
