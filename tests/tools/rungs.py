@@ -3,12 +3,14 @@
 `python tests/tools/measure.py rungs` calls `measure` and keeps what it returns in results/rungs.json: an entry for each
 processor and shape. All rungs share one whale and its optimizers, whose functions are exchanged before each step.
 """
+import time
 from copy import deepcopy
 from statistics import median
 import torch
 from nanowhale.fast.bench import beside, ceilings, decode_rate, make_sides, rounds, token_bytes, training_job
 from nanowhale.fast.graph import Decoder
 from nanowhale.fast.kernels import FAST, cxx_compiler, use
+from nanowhale.fast.products import product
 from nanowhale.presets import count_flops
 from nanowhale.train.loop import hardware, keep_freed_memory, pick_device
 from nanowhale.train.optim import ROUNDS, Muon, make_optimizers
@@ -61,14 +63,30 @@ def step_jobs(model, opts, ids, precision, functions=None):
         for opt in opts: opt.zero_grad()
     return dict(gradients=first, optimizer=second)
 
+def limits(precision, device):
+    "Jobs that take the machine to its limits: FLOPs and a function that does them, bytes and a function that reads them"
+    n,times = (8192 if device.type=='cuda' else 1024),20
+    a,b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision=='bf16' else torch.float32)
+    block = torch.ones(2**26, device=device)
+    def products():
+        for _ in range(times): product(a, b)
+    def reads():
+        for _ in range(times): block.sum()
+    return (times*2*n**3, products), (times*block.nbytes, reads)
+
+def shares(rates, limits):
+    "The share of the machine's limit, which is measured anew in every round: what disturbs a round disturbs both"
+    return round(median(r/l for r,l in zip(rates, limits)), 3)
+
 def spread(xs, digits=2): return [round(f(xs), digits) for f in (median, min, max)]
 
-def training(preset, B, T, precision, repeats, device, top):
-    "A step on every rung, and transformers' model with the optimizers of rung 0, in alternating rounds"
+def training(preset, B, T, precision, repeats, device):
+    "A step on every rung, transformers' model with the optimizers of rung 0, and the machine's limit, in alternating rounds"
     sides = make_sides(preset, device, T)
     whale,cfg = sides['nanowhale'],sides['nanowhale'].cfg
     ids = torch.randint(0, cfg.vocab_size, (B,T), device=device, generator=torch.Generator(device).manual_seed(1))
-    jobs,losses = {},{}
+    (most,at_most),_ = limits(precision, device)
+    jobs,losses = dict(limit=at_most),{}
     opts = make_optimizers(whale, 1e-5, 1e-5)
     rungs = {name: (whale, opts, functions) for name,functions in ladder(PARTS[:-1] if device.type=='cpu' else PARTS).items()}
     if PEER in sides:
@@ -84,30 +102,35 @@ def training(preset, B, T, precision, repeats, device, top):
     for name in rungs:
         halves = {half: took[name, half] for half in ('gradients', 'optimizer')}
         step = [sum(pair) for pair in zip(*halves.values())]
-        speed = sum(flops.values())/median(step)
-        rows.append(dict(rung=name, tokens_per_second=spread([B*T/s for s in step]), gflops=round(speed/1e9, 1),
-            of_ceiling=round(speed/top[precision], 3), milliseconds={half: spread([1000*s for s in t], 1) for half,t in halves.items()}))
+        rates = [sum(flops.values())/s for s in step]
+        rows.append(dict(rung=name, tokens_per_second=spread([B*T/s for s in step]), gflops=round(median(rates)/1e9, 1),
+            of_ceiling=shares(rates, [most/s for s in took['limit']]),
+            milliseconds={half: spread([1000*s for s in t], 1) for half,t in halves.items()}))
         peer = 'plain' if name==PEER else before      # the same round of the rung before it
         if peer: rows[-1]['beside'] = {peer: spread([sum(took[peer, half][i] for half in halves)/s for i,s in enumerate(step)], 3)}
         before = name
     return dict(flops={k: round(v) for k,v in flops.items()}, losses=losses, training=rows)
 
-def decoding(preset, T, precision, repeats, device, top, new=32):
-    "A decoded token: plain, fast, compiled, and transformers', in alternating rounds"
+def decoding(preset, T, precision, repeats, device, new=32):
+    "A decoded token: plain, fast, compiled, and transformers', and what memory delivers, in alternating rounds"
     sides = make_sides(preset, device, T, dtype=torch.bfloat16 if precision=='bf16' else torch.float32)
     whale = sides.pop('nanowhale')
     jobs = dict(plain=(use(deepcopy(whale), 'plain'), None), fast=(whale, None))
     if device.type=='cuda' or cxx_compiler(): jobs['compiled'] = whale,Decoder
     jobs |= {name: (model, None) for name,model in sides.items()}
     ids = torch.randint(0, whale.cfg.vocab_size, (1,min(128, T)), device=device, generator=torch.Generator(device).manual_seed(2))
-    paces = {name: [] for name in jobs}
+    paces,memory,(_,(moved,read)) = {name: [] for name in jobs},[],limits(precision, device)
     for _ in range(repeats+1):
+        start = time.perf_counter()
+        read()
+        if device.type=='cuda': torch.cuda.synchronize(device)
+        memory.append(moved/(time.perf_counter()-start))
         for name,(model,decoder) in jobs.items(): paces[name].append(decode_rate(model, ids, new, decoder))
     paces = {name: p[1:] for name,p in paces.items()}        # as in `rounds`
     needed = token_bytes(whale.cfg, ids.shape[1]+new//2, 2 if precision=='bf16' else 4)
-    memory,ratios = max(top['copy'], top['read']),beside(paces, 'plain')
+    ratios = beside(paces, 'plain')
     rows = [dict(rung=name, tokens_per_second=spread(p), gbytes_per_second=round(needed*median(p)/1e9, 2),
-        of_ceiling=round(needed*median(p)/memory, 3)) | (dict(beside=dict(plain=ratios[name])) if name in ratios else {})
+        of_ceiling=shares([needed*x for x in p], memory[1:])) | (dict(beside=dict(plain=ratios[name])) if name in ratios else {})
         for name,p in paces.items()]
     return dict(bytes_per_token=needed, decoding=rows)
 
@@ -118,8 +141,8 @@ def measure(preset='nanowhale_100m', B=1, T=512, precision='fp32', repeats=5, de
     top = ceilings(device)
     res = dict(preset=preset, dtype=precision, batch_size=B, context=T, hardware=hardware(device), torch=torch.__version__,
         repeats=repeats, ceilings={k: round(v/1e9, 1) for k,v in top.items()})
-    res |= training(preset, B, T, precision, repeats, device, top)
-    return res | decoding(preset, T, precision, repeats, device, top)
+    res |= training(preset, B, T, precision, repeats, device)
+    return res | decoding(preset, T, precision, repeats, device)
 
 def table(res):
     "What `measure` returned, as text"
