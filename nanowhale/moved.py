@@ -44,6 +44,8 @@ MOVED = {   # old module -> the modules that hold its names now, the first one f
     'exercise_model': 'course.exercise_model',
     'exercises': 'course.exercises',
     'figures': 'course.figures'}
+
+# %% ../nbs/appendix/97_moved.ipynb #30698a39
 RENAMED = {   # old name -> new one
     'mla.attend_dense': 'model.attention.attend',
     'compress.liking': 'fast.attention.index_scores',
@@ -70,6 +72,7 @@ def find(
         if attribute in found: return found[attribute], f'nanowhale.{place}'
     raise AttributeError(f'nanowhale.{old} had {name}; there is nothing in its place')
 
+# %% ../nbs/appendix/97_moved.ipynb #bf9bbbfa
 def names_of(
     old:str,   # an old module, or a package of today that bears its name
 ):  # -> a module's `__getattr__`

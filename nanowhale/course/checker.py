@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXERCISES', 'HOME', 'Exercise', 'exercise', 'prediction', 'mistake', 'kind', 'difference', 'member_difference',
            'tensor_difference', 'extent', 'copied', 'tensors', 'Refused', 'outcome', 'gradients', 'copied_values',
-           'drawn', 'given', 'tried', 'unlike', 'verdict', 'answer', 'far_off', 'codes', 'nested', 'Watch', 'borrowed',
+           'drawn', 'given', 'tried', 'unlike', 'verdict', 'far_off', 'answer', 'codes', 'nested', 'Watch', 'borrowed',
            'check']
 
 # %% ../../nbs/appendix/93_checker.ipynb #217bfef0
@@ -51,6 +51,7 @@ def prediction(
         return right
     return enter
 
+# %% ../../nbs/appendix/93_checker.ipynb #2725b7a8
 def mistake(
     name:str,    # of the exercise
     says:str,    # what to tell a reader who makes it
@@ -88,6 +89,7 @@ def difference(
     else: same = got is want or (type(got) is type(want) and got==want)
     return None if same else f'{what} is {kind(got)}, not {kind(want)}'
 
+# %% ../../nbs/appendix/93_checker.ipynb #ef245166
 def member_difference(got, want, what):
     "As `difference`, for lists, tuples and dictionaries: the first member that differs"
     kinds = dict if isinstance(want, dict) else (list, tuple)
@@ -113,6 +115,7 @@ def tensor_difference(got, want, what):
     here = f'at {at} it is {a[tuple(at)]:.4g}, not {b[tuple(at)]:.4g}'
     return f'{what} {extent(bad)}: {here}'
 
+# %% ../../nbs/appendix/93_checker.ipynb #34b080b6
 def extent(
     bad:Tensor,  # True where two tensors differ
 ) -> str:
@@ -155,6 +158,7 @@ def outcome(
     leaves = [t for t in tensors(given) if t.requires_grad]
     return copied_values(out), gradients(out, leaves)
 
+# %% ../../nbs/appendix/93_checker.ipynb #3bf423ca
 def gradients(
     out,          # what a function returned
     leaves:list,  # tensors that it may depend on
@@ -196,6 +200,7 @@ def tried(f, args):
         says = f'your function stopped with {type(e).__name__}: {reason}; {given(args)}'
         raise Refused(says) from e
 
+# %% ../../nbs/appendix/93_checker.ipynb #1e836294
 def unlike(
     mine:list,       # outcomes of the reader's function
     other:Callable,  # a function
@@ -207,6 +212,7 @@ def unlike(
         d = difference(out, want) or difference(grads, other_grads, 'the gradients')
         if d: return f'{d}; {given(args)}'
 
+# %% ../../nbs/appendix/93_checker.ipynb #2c3f8850
 def verdict(
     name:str,     # one of `EXERCISES`
     f:Callable,   # the reader's function, or number
@@ -226,16 +232,6 @@ def verdict(
             known = 'right for the arguments that never change, but not for new ones: '
     except Refused as e: return f'{known}{e}'
 
-# %% ../../nbs/appendix/93_checker.ipynb #ce92dc75
-def answer(
-    name:str,  # of the exercise
-    *args,     # of your own
-):
-    "What the right function returns for arguments of your own"
-    ex = EXERCISES[name]
-    if ex.within is not None: raise ValueError(f'{name} is a number to predict: guess, then check')
-    return outcome(ex.right, args)[0]
-
 # %% ../../nbs/appendix/93_checker.ipynb #d686b38b
 def far_off(
     ex:Exercise,    # with a number to predict
@@ -250,6 +246,16 @@ def far_off(
     if near(right): return None
     foreseen = (says for says,wrong in ex.wrong.items() if near(wrong()))
     return next(foreseen, f'{guess:g} is too {"high" if guess>right else "low"}')
+
+# %% ../../nbs/appendix/93_checker.ipynb #ce92dc75
+def answer(
+    name:str,  # of the exercise
+    *args,     # of your own
+):
+    "What the right function returns for arguments of your own"
+    ex = EXERCISES[name]
+    if ex.within is not None: raise ValueError(f'{name} is a number to predict: guess, then check')
+    return outcome(ex.right, args)[0]
 
 # %% ../../nbs/appendix/93_checker.ipynb #8a233a4f
 HOME = str(Path(nanowhale.__file__).parent)
@@ -271,6 +277,7 @@ def nested(
     yield code
     for inner in filter(inspect.iscode, code.co_consts): yield from nested(inner)
 
+# %% ../../nbs/appendix/93_checker.ipynb #3d99cb98
 class Watch:
     "A profiler that notes which functions of the package are called, not what those call in turn"
     def __init__(self, uses:tuple):   # functions and classes that may be called
@@ -287,6 +294,7 @@ class Watch:
             imports = code.co_name=='<module>'
             if not imports and code not in self.free: self.called.append(code.co_name)
 
+# %% ../../nbs/appendix/93_checker.ipynb #c6af52bc
 def borrowed(
     ex:Exercise,
     f:Callable,   # the reader's function
