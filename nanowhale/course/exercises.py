@@ -1017,6 +1017,105 @@ def _x86_only(text):
 def _as_they_stand(text):
     return [f for f in _blocks(text)[0] if f in _common(text)]
 
+# %% ../../nbs/appendix/95_exercises.ipynb #33000001
+def _band_share(T=2048, W=128, w=256, rising=True, before=1, first=True):
+    "Share of a band's scores that a query sees: blocks of w queries, with the block before"
+    seen = T*W-(W*(W-1)//2 if rising else 0)
+    return seen/((T//w-first)*w*(1+before)*w+first*w*w)
+
+@prediction('band_share', within=0.01)
+def _seen_in_a_band(): return _band_share()
+
+@mistake('band_share', 'a block of queries also looks at the keys of the block before its own')
+def _own_block_only(): return _band_share(before=0)
+
+@mistake('band_share', 'the first block has none before it')
+def _a_block_before_the_first(): return _band_share(first=False)
+
+@mistake('band_share', 'the first queries of the row see fewer keys than the window holds')
+def _a_full_window_for_all(): return _band_share(rising=False)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #33000002
+def _next_piece(o, m, total, z, v, old_sum=True, old_o=True, turned=False):
+    new = torch.maximum(m, z.amax(-1))
+    old = (new-m).exp() if turned else (m-new).exp()
+    e = (z-new[...,None]).exp()
+    o = (old[...,None]*o if old_o else o)+torch.einsum('bths,bsk->bthk', e, v)
+    return o, new, (old*total if old_sum else total)+e.sum(-1)
+
+@exercise('online_step', _next_piece)
+def _pieces(more):
+    B,T,H,K,n = 2+more, 4+more, 3+more, 5+more, 6+more
+    def case():
+        state = randn(B, T, H, K), 2*randn(B, T, H), randn(B, T, H).exp()
+        return *state, 2*randn(B, T, H, n), randn(B, n, K)
+    return [case(), case()]
+
+@mistake('online_step', 'the sum so far is relative to the old maximum: rescale it')
+def _sum_not_rescaled(*args): return _next_piece(*args, old_sum=False)
+
+@mistake('online_step', 'the output so far is relative to the old maximum: rescale it')
+def _output_not_rescaled(*args): return _next_piece(*args, old_o=False)
+
+@mistake('online_step', 'what is old shrinks when the maximum grows: exp(old-new)')
+def _rescaled_the_other_way(*args): return _next_piece(*args, turned=True)
+
+@mistake('online_step', 'the new maximum is the larger of the old one and the new scores')
+def _maximum_of_the_piece(o, m, total, z, v):
+    old = (m-z.amax(-1)).exp()
+    fresh = torch.zeros_like(o), z.amax(-1), torch.zeros_like(m)
+    new_o,new,new_total = _next_piece(*fresh, z, v)
+    return old[...,None]*o+new_o, new, old*total+new_total
+
+@mistake('online_step', 'the output is divided by the sum once, behind the last piece')
+def _divided_too_early(*args):
+    o,new,total = _next_piece(*args)
+    return o/total[...,None], new, total
+
+# %% ../../nbs/appendix/95_exercises.ipynb #34000001
+def _awake(E=256, k=6, tokens=32): return E*(1-(1-k/E)**tokens)
+
+@prediction('experts_awake', within=0.02)
+def _experts_of_a_batch(): return _awake()
+
+@mistake('experts_awake', 'two tokens may choose the same expert: count it once')
+def _no_two_alike(): return 6*32
+
+@mistake('experts_awake', 'that is what a single token wakes')
+def _of_one_token(): return 6
+
+@mistake('experts_awake', 'each token chooses six experts, not one')
+def _one_choice_each(): return _awake(k=1)
+
+@mistake('experts_awake', 'by chance some experts are chosen by nobody')
+def _all_of_them(): return 256
+
+# %% ../../nbs/appendix/95_exercises.ipynb #34000002
+def _places(idx):
+    "How many assignments to the same expert stand before each, [M,k]"
+    chosen = F.one_hot(idx.flatten())
+    return ((chosen.cumsum(0)-1)*chosen).sum(-1).view_as(idx)
+
+@exercise('queue', _places)
+def _choices(more):
+    def case(M, E, k): return (torch.rand(M+more, E+more).topk(k+more, -1).indices,)
+    return [case(9, 4, 2), case(7, 5, 3)]
+
+@mistake('queue', 'the first in a queue has place 0: nobody stands before it')
+def _from_one(idx): return _places(idx)+1
+
+@mistake('queue', 'tokens stand in line in their order: yours lets every first choice go before')
+def _first_choices_first(idx): return _places(idx.T).T.clone()
+
+@mistake('queue', 'a second choice joins the same queue as a first one')
+def _a_queue_for_each_choice(idx): return torch.cat([_places(c) for c in idx.split(1, 1)], 1)
+
+@mistake('queue', 'each expert has a queue of its own: yours is one line for all')
+def _one_line(idx): return torch.arange(idx.numel()).view_as(idx)
+
+@mistake('queue', 'that is how many an expert has in the end, not how many came before')
+def _whole_load(idx): return idx.flatten().bincount()[idx]
+
 # %% ../../nbs/appendix/95_exercises.ipynb #35000001
 @prediction('logits_outweigh', within=0.01)
 def _logits_outweigh(V=129280, D=320): return V*D/(V-D)
@@ -1137,105 +1236,6 @@ def _too_old(*args): return _ring_seen(*args, age=False)
 
 @mistake('ring_seen', 'a window of W is the token itself and W-1 before it')
 def _one_too_many(*args): return _ring_seen(*args, edge=1)
-
-# %% ../../nbs/appendix/95_exercises.ipynb #33000001
-def _band_share(T=2048, W=128, w=256, rising=True, before=1, first=True):
-    "Share of a band's scores that a query sees: blocks of w queries, with the block before"
-    seen = T*W-(W*(W-1)//2 if rising else 0)
-    return seen/((T//w-first)*w*(1+before)*w+first*w*w)
-
-@prediction('band_share', within=0.01)
-def _seen_in_a_band(): return _band_share()
-
-@mistake('band_share', 'a block of queries also looks at the keys of the block before its own')
-def _own_block_only(): return _band_share(before=0)
-
-@mistake('band_share', 'the first block has none before it')
-def _a_block_before_the_first(): return _band_share(first=False)
-
-@mistake('band_share', 'the first queries of the row see fewer keys than the window holds')
-def _a_full_window_for_all(): return _band_share(rising=False)
-
-# %% ../../nbs/appendix/95_exercises.ipynb #33000002
-def _next_piece(o, m, total, z, v, old_sum=True, old_o=True, turned=False):
-    new = torch.maximum(m, z.amax(-1))
-    old = (new-m).exp() if turned else (m-new).exp()
-    e = (z-new[...,None]).exp()
-    o = (old[...,None]*o if old_o else o)+torch.einsum('bths,bsk->bthk', e, v)
-    return o, new, (old*total if old_sum else total)+e.sum(-1)
-
-@exercise('online_step', _next_piece)
-def _pieces(more):
-    B,T,H,K,n = 2+more, 4+more, 3+more, 5+more, 6+more
-    def case():
-        state = randn(B, T, H, K), 2*randn(B, T, H), randn(B, T, H).exp()
-        return *state, 2*randn(B, T, H, n), randn(B, n, K)
-    return [case(), case()]
-
-@mistake('online_step', 'the sum so far is relative to the old maximum: rescale it')
-def _sum_not_rescaled(*args): return _next_piece(*args, old_sum=False)
-
-@mistake('online_step', 'the output so far is relative to the old maximum: rescale it')
-def _output_not_rescaled(*args): return _next_piece(*args, old_o=False)
-
-@mistake('online_step', 'what is old shrinks when the maximum grows: exp(old-new)')
-def _rescaled_the_other_way(*args): return _next_piece(*args, turned=True)
-
-@mistake('online_step', 'the new maximum is the larger of the old one and the new scores')
-def _maximum_of_the_piece(o, m, total, z, v):
-    old = (m-z.amax(-1)).exp()
-    fresh = torch.zeros_like(o), z.amax(-1), torch.zeros_like(m)
-    new_o,new,new_total = _next_piece(*fresh, z, v)
-    return old[...,None]*o+new_o, new, old*total+new_total
-
-@mistake('online_step', 'the output is divided by the sum once, behind the last piece')
-def _divided_too_early(*args):
-    o,new,total = _next_piece(*args)
-    return o/total[...,None], new, total
-
-# %% ../../nbs/appendix/95_exercises.ipynb #34000001
-def _awake(E=256, k=6, tokens=32): return E*(1-(1-k/E)**tokens)
-
-@prediction('experts_awake', within=0.02)
-def _experts_of_a_batch(): return _awake()
-
-@mistake('experts_awake', 'two tokens may choose the same expert: count it once')
-def _no_two_alike(): return 6*32
-
-@mistake('experts_awake', 'that is what a single token wakes')
-def _of_one_token(): return 6
-
-@mistake('experts_awake', 'each token chooses six experts, not one')
-def _one_choice_each(): return _awake(k=1)
-
-@mistake('experts_awake', 'by chance some experts are chosen by nobody')
-def _all_of_them(): return 256
-
-# %% ../../nbs/appendix/95_exercises.ipynb #34000002
-def _places(idx):
-    "How many assignments to the same expert stand before each, [M,k]"
-    chosen = F.one_hot(idx.flatten())
-    return ((chosen.cumsum(0)-1)*chosen).sum(-1).view_as(idx)
-
-@exercise('queue', _places)
-def _choices(more):
-    def case(M, E, k): return (torch.rand(M+more, E+more).topk(k+more, -1).indices,)
-    return [case(9, 4, 2), case(7, 5, 3)]
-
-@mistake('queue', 'the first in a queue has place 0: nobody stands before it')
-def _from_one(idx): return _places(idx)+1
-
-@mistake('queue', 'tokens stand in line in their order: yours lets every first choice go before')
-def _first_choices_first(idx): return _places(idx.T).T.clone()
-
-@mistake('queue', 'a second choice joins the same queue as a first one')
-def _a_queue_for_each_choice(idx): return torch.cat([_places(c) for c in idx.split(1, 1)], 1)
-
-@mistake('queue', 'each expert has a queue of its own: yours is one line for all')
-def _one_line(idx): return torch.arange(idx.numel()).view_as(idx)
-
-@mistake('queue', 'that is how many an expert has in the end, not how many came before')
-def _whole_load(idx): return idx.flatten().bincount()[idx]
 
 # %% ../../nbs/appendix/95_exercises.ipynb #c47303e7
 def _keys(scores, mask):
