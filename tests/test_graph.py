@@ -137,7 +137,7 @@ def test_one_graph(B, make):
     assert (seen.graph_count, seen.graph_break_count)==(1, 0), seen.break_reasons
 
 @needs_compiler
-@pytest.mark.parametrize('B,dtype,changes', [(1, torch.float32, {}), (2, torch.bfloat16, {}),
+@pytest.mark.parametrize('B,dtype,changes', [(1, torch.float32, {}), pytest.param(2, torch.bfloat16, {}, marks=pytest.mark.slow),
     (1, torch.float32, dict(layer_types=(CSA,), compress_rate_csa=2, index_topk=2))], ids=['one', 'two in bfloat16', 'compressing'])
 def test_compiled(B, dtype, changes):
     torch._dynamo.reset(); graph.compiled.cache_clear()
@@ -164,7 +164,7 @@ def test_experts_each_for_itself():
     assert_close(experts.each_for_itself(x[order], expert[order], gu, down, 1.), experts.each_for_itself(x, expert, gu, down, 1.)[order])
 
 @needs_compiler
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('dtype', [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_training_steps_of_a_compiled_whale(dtype):
     "Losses, norms, loads and what the watchers see, over three steps, beside the same steps uncompiled; in float64 to the last choice of an expert"
     torch._dynamo.reset()
