@@ -22,14 +22,14 @@ TESTS = {   # module -> its tests, the quickest first
     'model.visibility': 'attention compress block properties', 'model.attention': 'attention block properties',
     'model.compress': 'compress properties', 'model.moe': 'moe properties', 'model.hyper': 'hyper properties bugs', 'model.block': 'block',
     'model.mtp': 'mtp bugs', 'model.whale': 'whale bugs compress weights', 'train.data': 'data stream marks', 'train.stream': 'stream',
-    'train.optim': 'optim', 'train.parallel': 'parallel', 'train.step': 'step train bugs',
-    'train.checkpoint': 'checkpoint train step marks', 'train.evaluate': 'evaluate', 'train.files': 'checkpoint weights',
-    'train.loop': 'train checkpoint', 'generate.cache': 'sample compress block properties', 'generate.sample': 'sample',
+    'train.optim': 'optim', 'train.parallel': 'parallel', 'train.step': 'step run bugs',
+    'train.checkpoint': 'checkpoint run step marks', 'train.evaluate': 'evaluate', 'train.files': 'checkpoint weights',
+    'train.loop': 'run checkpoint', 'generate.cache': 'sample compress block properties', 'generate.sample': 'sample',
     'generate.speculate': 'speculate', 'generate.chat': 'chat marks', 'generate.hf_config': 'config compress weights',
     'generate.weights': 'weights checkpoint', 'generate.legacy': 'legacy', 'generate.hub': 'hub', 'fast.products': 'fast products',
     'fast.attention': 'fast attention compress', 'fast.experts': 'fast moe graph', 'fast.loss': 'fast mtp', 'fast.sinkhorn': 'fast hyper',
     'fast.kernels': 'fast', 'fast.graph': 'graph', 'cli': 'cli abuse'}
-REST = 'bugs properties whale fast compress block mtp weights parity sample step evaluate train speculate chat checkpoint'
+REST = 'bugs properties whale fast compress block mtp weights parity sample step evaluate run speculate chat checkpoint'
 
 MUTANTS = [   # module, old text, new text
     ('validate', '2<=R<=K', 'R<=K'),
@@ -222,6 +222,11 @@ def misplaced():
         if n!=1: yield f'{path.relative_to(ROOT)} holds {old!r} {n} times, not once: the code has changed, plant this mistake differently'
         if module not in TESTS: yield f'{module}: which tests are its own? Name them in TESTS'
 
+def unknown():
+    "A line for each file of tests that is named here and not there: its mistakes would seem to go unnoticed"
+    for name in sorted({n for names in (*TESTS.values(), REST) for n in names.split()}):
+        if not (ROOT/f'tests/test_{name}.py').exists(): yield f'tests/test_{name}.py is named in TESTS or REST and does not exist'
+
 def plant(package, module, old, new):
     "Make the mistake in the copy; returns the healthy text"
     path = source(module, package)
@@ -300,7 +305,7 @@ def main():
     p.add_argument('--limit', type=int, default=300, help='seconds that the tests of a module may compute')
     p.add_argument('--dry', action='store_true', help='plant nothing, only look whether each mistake can be')
     a = p.parse_args()
-    if wrong := list(misplaced()): sys.exit('\n'.join(wrong))
+    if wrong := [*misplaced(), *unknown()]: sys.exit('\n'.join(wrong))
     if a.dry: return print(f'{len(MUTANTS)} mistakes, each at one place')
     load()
     done,commit = noticed_in(Path(a.out)) if a.again else set(),provenance('')['commit']
