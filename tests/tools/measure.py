@@ -45,6 +45,12 @@ def record(name, **figures):
     (ROOT/'results'/f'{name}.json').write_text(json.dumps(head|figures, indent=1)+'\n')
     print(json.dumps({k: v for k,v in figures.items() if k!='runs'}, indent=1))
 
+def record_machine(name, here):
+    "The same for what depends on the processor; what others said stays"
+    path = ROOT/'results'/f'{name}.json'
+    kept = json.loads(path.read_text())['machines'] if path.exists() else []
+    record(name, seed=0, machines=[*(m for m in kept if m['processor']!=here['processor']), here])
+
 def summary(out, every=1):
     "What is kept of a run: its figures and thinned curves"
     metrics,results = lines(out/'metrics.jsonl'),json.loads((out/'results.json').read_text())
@@ -151,9 +157,7 @@ def products(args):
     here = dict(processor=processor(), maker=this_processor().maker, instructions=instruction_set(), threads=torch.get_num_threads(),
         commit=provenance('')['commit'], torch=torch.__version__, gflops=rates, one_row_gbytes={name: round(head.nbytes/s/1e9, 1) for name,s in took.items()},
         step=products_of_a_step(), ceiling=peak(torch.get_num_threads()))
-    path = ROOT/'results/products.json'
-    others = [m for m in json.loads(path.read_text())['machines'] if m['processor']!=here['processor']]
-    record('products', seed=0, machines=[*others, here])
+    record_machine('products', here)
 
 def peak(threads):
     "GFLOP/s of multiply-adds on registers alone, by type; None where nothing compiles C"
@@ -318,9 +322,7 @@ def loss(args):
         with ProcessPoolExecutor(1, get_context('spawn')) as alone: rung['MiB'] = alone.submit(loss_memory, name).result()
     here = dict(processor=processor(), instructions=instruction_set(), threads=1, tokens=LOSS_TOKENS, repeats=args.repeats, torch=torch.__version__,
         commit=provenance('')['commit'], busy_processes=round(os.getloadavg()[0], 1), ceiling=round(median(top)/1e9, 1), rungs=rungs)
-    path = ROOT/'results/loss.json'
-    others = [m for m in json.loads(path.read_text())['machines'] if m['processor']!=here['processor']] if path.exists() else []
-    record('loss', seed=0, machines=[*others, here])
+    record_machine('loss', here)
 
 HALF_ROUNDS = """
 import sys, torch, nanowhale.fast.kernels as K

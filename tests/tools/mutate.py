@@ -14,7 +14,7 @@ the command: the code has changed, plant it differently.
 """
 import argparse, json, os, resource, shutil, signal, sys, tempfile, time
 from pathlib import Path
-from runs import ROOT, provenance
+from runs import ROOT, preload, provenance
 
 TESTS = {   # module -> its tests, the quickest first
     'model.plain': 'plain ladder', 'model.config': 'config compress properties', 'validate': 'config whale',
@@ -279,9 +279,9 @@ def noticed(copy, module, limit, alone):
     return run(copy, files(own), limit) or ('' if alone else run(copy, files(n for n in REST.split() if n not in own), 3*limit))
 
 def load():
-    "What takes seconds to import, once, before the forks; nanowhale itself is not among it"
-    import datasets, hypothesis, matplotlib.pyplot, pytest, torch, torch.testing, torch.distributed.fsdp, torch.utils.data   # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedTokenizerFast   # noqa: F401
+    "The same for tests, on one thread"
+    preload()
+    import hypothesis, pytest, torch.distributed.fsdp   # noqa: F401
     torch.set_num_threads(1)
 
 def noticed_in(path): return {(r['module'], r['old'], r['new']) for r in json.loads(path.read_text())['mutants'] if r['by']} if path.exists() else set()

@@ -18,6 +18,7 @@ of kernels to the processor, or to the caller's environment: what goes stale the
 """
 import argparse, base64, io, json, multiprocessing, multiprocessing.connection, os, platform, re, subprocess, sys, tempfile, time
 from pathlib import Path
+from runs import preload
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS, README, IMAGES = ROOT/'nbs', ROOT/'README.md', ROOT/'nbs/images'
@@ -69,11 +70,6 @@ def execute(path, dst, allow):
 
 def where(path, i, cell): return f'{Path(path).name} cell {i+1} (#{cell.get("id", "")})'
 
-def preload():
-    "What takes seconds to import, once, before the forks; nanowhale itself is not among it"
-    import datasets, execnb.shell, matplotlib.pyplot, nbdev.clean, torch, torch.testing, torch.utils.data   # noqa: F401
-    from transformers import AutoModelForCausalLM, DeepseekV4ForCausalLM, PreTrainedTokenizerFast   # noqa: F401
-
 def child(path, dst, log, allow):
     "Execute a notebook in its folder; what it prints besides its outputs goes to the file `log`"
     out = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
@@ -85,7 +81,9 @@ def serve(folder, jobs, timeout, allow, *files):
     "Execute each notebook in a process of its own, `jobs` at a time, into a folder; print a line of JSON for each that ended"
     forks = 'fork' in multiprocessing.get_all_start_methods() and sys.platform!='darwin'
     context,waiting,running = multiprocessing.get_context('fork' if forks else 'spawn'), list(enumerate(map(Path, files))), {}
-    if forks and len(files)>4: preload()   # fewer import it sooner themselves
+    if forks and len(files)>4:   # fewer import it sooner themselves
+        preload()
+        import execnb.shell, nbdev.clean   # noqa: F401
     while waiting or running:
         while waiting and len(running)<int(jobs):
             i,path = waiting.pop(0)

@@ -7,7 +7,7 @@ import time
 from copy import deepcopy
 from statistics import median
 import torch
-from nanowhale.fast.bench import beside, ceilings, decode_rate, make_sides, rounds, token_bytes, training_job
+from nanowhale.fast.bench import beside, decode_rate, make_sides, rounds, token_bytes, training_job
 from nanowhale.fast.graph import Decoder
 from nanowhale.fast.kernels import FAST, cxx_compiler, use
 from nanowhale.fast.products import product
@@ -63,16 +63,22 @@ def step_jobs(model, opts, ids, precision, functions=None):
         for opt in opts: opt.zero_grad()
     return dict(gradients=first, optimizer=second)
 
-def limits(precision, device):
-    "Jobs that take the machine to its limits: FLOPs and a function that does them, bytes and a function that reads them"
-    n,times = (8192 if device.type=='cuda' else 1024),20
+LONG = 20   # repetitions of what takes the machine to a limit, so that a moment's noise counts for little
+
+def multiplying(precision, device):
+    "FLOPs of some large products, and a function that computes them"
+    n = 8192 if device.type=='cuda' else 1024
     a,b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision=='bf16' else torch.float32)
-    block = torch.ones(2**26, device=device)
     def products():
-        for _ in range(times): product(a, b)
-    def reads():
-        for _ in range(times): block.sum()
-    return (times*2*n**3, products), (times*block.nbytes, reads)
+        for _ in range(LONG): product(a, b)
+    return LONG*2*n**3, products
+
+def reading(device):
+    "Bytes of memory, and a function that reads them"
+    block = torch.ones(2**26, device=device)
+    def sums():
+        for _ in range(LONG): block.sum()
+    return LONG*block.nbytes, sums
 
 def shares(rates, limits):
     "The share of the machine's limit, which is measured anew in every round: what disturbs a round disturbs both"
@@ -85,7 +91,7 @@ def training(preset, B, T, precision, repeats, device):
     sides = make_sides(preset, device, T)
     whale,cfg = sides['nanowhale'],sides['nanowhale'].cfg
     ids = torch.randint(0, cfg.vocab_size, (B,T), device=device, generator=torch.Generator(device).manual_seed(1))
-    (most,at_most),_ = limits(precision, device)
+    most,at_most = multiplying(precision, device)
     jobs,losses = dict(limit=at_most),{}
     opts = make_optimizers(whale, 1e-5, 1e-5)
     rungs = {name: (whale, opts, functions) for name,functions in ladder(PARTS[:-1] if device.type=='cpu' else PARTS).items()}
@@ -119,7 +125,8 @@ def decoding(preset, T, precision, repeats, device, new=32):
     if device.type=='cuda' or cxx_compiler(): jobs['compiled'] = whale,Decoder
     jobs |= {name: (model, None) for name,model in sides.items()}
     ids = torch.randint(0, whale.cfg.vocab_size, (1,min(128, T)), device=device, generator=torch.Generator(device).manual_seed(2))
-    paces,memory,(_,(moved,read)) = {name: [] for name in jobs},[],limits(precision, device)
+    moved,read = reading(device)
+    paces,memory = {name: [] for name in jobs},[]
     for _ in range(repeats+1):
         start = time.perf_counter()
         read()
@@ -138,9 +145,8 @@ def measure(preset='nanowhale_100m', B=1, T=512, precision='fp32', repeats=5, de
     "Both ladders of one preset at one shape"
     keep_freed_memory()
     device = pick_device(device)
-    top = ceilings(device)
     res = dict(preset=preset, dtype=precision, batch_size=B, context=T, hardware=hardware(device), torch=torch.__version__,
-        repeats=repeats, ceilings={k: round(v/1e9, 1) for k,v in top.items()})
+        repeats=repeats)
     res |= training(preset, B, T, precision, repeats, device)
     return res | decoding(preset, T, precision, repeats, device)
 

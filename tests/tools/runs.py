@@ -46,6 +46,11 @@ def fingerprint(out):
     files = [out/'model.safetensors', last/'model.safetensors', last/'trainer'/'optimizer.safetensors']
     return metrics(out), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files], {k: v for k,v in state.items() if k not in ('seconds', 'waited')}
 
+def preload():
+    "What takes seconds to import, once, before the forks of a process; nanowhale itself is not among it"
+    import datasets, matplotlib.pyplot, torch, torch.testing, torch.utils.data   # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedTokenizerFast   # noqa: F401
+
 def provenance(command):
     "Where a figure comes from"
     import torch
