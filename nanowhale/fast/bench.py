@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['rounds', 'alternate', 'beside', 'medians', 'ceilings', 'token_bytes', 'in_fresh_process', 'make_sides', 'adamw',
            'training_job', 'Clock', 'decode_rate', 'prefill_job', 'step_memory', 'measure_training', 'measure_writing',
-           'of_ceiling', 'bench', 'table', 'read_entries', 'add_to', 'there_and_back', 'part_jobs', 'profile_step']
+           'of_ceiling', 'bench', 'table', 'read_entries', 'in_turn', 'add_to', 'there_and_back', 'part_jobs',
+           'profile_step']
 
 # %% ../../nbs/4_speed/39_bench.ipynb #79053a21
-import json, time
+import json, os, time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -36,6 +38,11 @@ from ..generate.sample import generate, next_logits, whole_number
 from .products import product
 from .kernels import use
 from .graph import Decoder, need_compiler
+
+# %% ../../nbs/4_speed/39_bench.ipynb #b2291fff
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
 
 # %% ../../nbs/4_speed/39_bench.ipynb #5835a5f2
 def rounds(
@@ -395,6 +402,20 @@ def read_entries(
         raise ValueError(f'{path} holds no list of figures: choose another file with --out')
     return held
 
+@contextmanager
+def in_turn(
+    folder:Path,  # that holds a file
+):
+    "Of several processes that add to files of one folder, one at a time is inside"
+    held = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try: fcntl.flock(held, fcntl.LOCK_EX)
+            except OSError: pass   # a file system without locks
+        yield
+    finally:
+        if fcntl: os.close(held)
+
 def add_to(
     path:str|Path,  # a JSON list; made if needed
     res:dict,       # from `bench`, or any other figures
@@ -402,8 +423,9 @@ def add_to(
 ):
     "Add figures to a file, in place of older ones of the same kind"
     def kind(r): return [r.get(k) for k in same]
-    others = [r for r in read_entries(path) if kind(r)!=kind(res)]
-    with atomic(path) as temp: temp.write_text(json.dumps([*others, res], indent=1)+'\n')
+    with in_turn(Path(path).parent):
+        others = [r for r in read_entries(path) if kind(r)!=kind(res)]
+        with atomic(path) as temp: temp.write_text(json.dumps([*others, res], indent=1)+'\n')
 
 # %% ../../nbs/4_speed/39_bench.ipynb #664d0703
 def there_and_back(
