@@ -15,8 +15,8 @@ Values, and numbers as they are, can be joined by ` + `, ` - `, ` * ` and ` / `,
 
 Typed is every other number that has a unit (`UNIT`) or decimals, in prose, tables and the words for figures. Its source is the
 section it stands in, from one `##` to the next: a stored output, rounded; the code; a formula that works it out (`$18/4=4.5$`).
-Or its paragraph links outside, to who measured it. An exercise may suppose what it likes, and its solution takes that up.
-Code, formulas and headings are not prose.
+Or its paragraph links to such a section of another notebook (`41_ladder.ipynb#what-came-out`), or outside, to who measured it.
+An exercise may suppose what it likes, and its solution takes that up. Code, formulas and headings are not prose.
 """
 import argparse, json, re, statistics, sys
 from fnmatch import fnmatchcase
@@ -107,6 +107,7 @@ TYPED = re.compile(rf'(?<![\w.,/])({N}(?:(?:,| to| and| or|,? and| ±) {N})*)[ -
 NO_PROSE = (   # what is left out, and what stands for it
     (r'```.*?```', ''), (r'`[^`\n]*`', '`'), (r'^#+ .*$', '#'), (r'\$\$.*?\$\$|\$[^$\n]*\$', '$'), (RECEIPT.pattern, 'a receipt'),
     (r'\b(?:[Ss]ections?|Tables?|Figures?|PyTorch|Python|version) [\d.]+(?:(?:,| and| to) [\d.]+)*', 'a place'),
+    (r'\b9\d(?: %| per ?cent) (?=interval|confidence)', ''),
     (r'[●○]{5} · \d+ minutes', 'an exercise'),
     (r'[\d¾½¼]+ (?:hours|minutes) of (?:reading|computing|exercises)', 'a path'))   # tests/test_site.py counts these
 
@@ -145,9 +146,14 @@ def holds(n, shown, held, percent):
     return any(abs(k*y-x)<=near for k in scales for y in shown) or any(abs(k*y-x)<1e-9*max(x, 1) for k in scales for y in held)
 
 def sections(cells):
-    "The cells from one heading of the second level to the next"
-    starts = [0, *(i for i,c in enumerate(cells) if i and c['cell_type']=='markdown' and re.search('^## ', source(c), flags=re.M))]
-    return [cells[a:b] for a,b in zip(starts, [*starts[1:], None])]
+    "The cells from one heading of the second level to the next; a heading within a cell divides it"
+    parts = [[]]
+    for c in cells:
+        pieces = re.split('^(?=## )', source(c), flags=re.M) if c['cell_type']=='markdown' else [source(c)]
+        for i,text in enumerate(pieces):
+            if i: parts.append([])
+            parts[-1].append(c | dict(source=text))
+    return parts
 
 def lines(cell):
     "The paragraphs of a cell's prose; those of an exercise, up to the next heading, are marked"
@@ -162,6 +168,17 @@ def supposed(path):
     chapter = [c for p in NBS.glob(f'[0-9a]*/{path.name}') for c in read(p)['cells']]
     return {x for c in chapter for line,asks in lines(c) if asks for x in amounts(line)}
 
+def slug(heading): return re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
+
+def shown_elsewhere(line, folder):
+    "The amounts that other notebooks print in the sections that a paragraph links to"
+    shown = set()
+    for file,anchor in re.findall(r'\]\(([\w./]+\.ipynb)#([\w-]+)\)', line):
+        for cells in sections(read(folder/file)['cells']):
+            headings = re.findall('^#+ (.*)', '\n'.join(source(c) for c in cells if c['cell_type']=='markdown'), flags=re.M)
+            if anchor in map(slug, headings): shown |= known(cells)[0]
+    return shown
+
 def typed(path):
     "(cell, number with its unit, the line) of each typed number that has no source"
     given = supposed(path)
@@ -169,9 +186,10 @@ def typed(path):
         shown,held = known(cells)
         for c in cells:
             for line in [line for line,asks in lines(c) if not asks and not re.search(r'\]\(https?:', line)]:
+                there = shown|shown_elsewhere(line, path.parent)
                 for m in TYPED.finditer(line):
-                    bare = [n for n in re.findall(N, m[0]) if not holds(n, shown, held|given, re.search('%|cent', m[0]))]
-                    if bare: yield c['id'], m[0], line
+                    lost = [n for n in re.findall(N, m[0]) if not holds(n, there, held|given, re.search('%|cent', m[0]))]
+                    if lost: yield c['id'], m[0], line
 
 # ---------------------------------------------------------------- the whole
 
