@@ -101,14 +101,14 @@ def unsigned(target, title):
 
 # ---------------------------------------------------------------- typed numbers
 
-SIZE = r'(?:[kMGT]i?B|[kMGT]?FLOPs?)(?:/s)?|GB/s'
-UNIT = rf'(?:%|per ?cent|times|(?:milli)?seconds?|minutes?|hours?|[mµ]?s|nats?|{SIZE}|bits? (?:per|a) byte|(?:tokens?|targets?) (?:per|a) second)(?!\w)'
+UNIT = (r'(?:%|per ?cent|times|(?:milli)?seconds?|minutes?|hours?|days|[mµ]?s|nats?|bits? (?:per|a) byte|[kMGT]i?B(?:/s)?'
+    r'|[kMGT]?FLOPs?(?:/s)?|(?:tokens?|targets?)(?:/s| (?:per|a) second))(?!\w)')
 TYPED = re.compile(rf'(?<![\w.,/])({N}(?:(?:,| to| and| or|,? and| ±) {N})*)[ -]?{UNIT}|(?<![\w.,/])(\d+\.\d+)(?![\w.]*\d)')
 NO_PROSE = (   # what is left out, and what stands for it
     (r'```.*?```', ''), (r'`[^`\n]*`', '`'), (r'^#+ .*$', '#'), (r'\$\$.*?\$\$|\$[^$\n]*\$', '$'), (RECEIPT.pattern, 'a receipt'),
     (r'\b(?:[Ss]ections?|Tables?|Figures?|PyTorch|Python|version) [\d.]+(?:(?:,| and| to) [\d.]+)*', 'a place'),
     (r'\b9\d(?: %| per ?cent) (?=interval|confidence)', ''),
-    (r'[●○]{5} · \d+ minutes', 'an exercise'),
+    (r'[●○]{5} · \d+ minutes', '●'),   # an exercise begins
     (r'[\d¾½¼]+ (?:hours|minutes) of (?:reading|computing|exercises)', 'a path'))   # tests/test_site.py counts these
 
 def prose(cell):
@@ -124,26 +124,26 @@ def printed(cell):
         data = {'text/plain': o.get('text', ''), **o.get('data', {})}
         yield from (''.join(v) for k,v in data.items() if not k.startswith('image'))
 
-def amounts(text): return {float(n.replace(',', '').replace('_', '')) for n in re.findall(r'(?<![\w.])\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?', text) if n}
+def amounts(text): return {float(n.replace(',', '').replace('_', '')) for n in re.findall(rf'(?<![\w.])(?:\d+(?:_\d+)+|{N})(?:e[+-]?\d+)?', text)}
 
 def known(cells):
     "The amounts that cells print, and those that their code and formulas hold"
     shown,held = set(), set()
     for c in cells:
         if c['cell_type']=='code':
-            held |= amounts(re.sub(r'^#\|.*', '', source(c), flags=re.M))
-            for text in printed(c): shown |= amounts(text)
-        else:
-            for formula in re.findall(r'\$\$.*?\$\$|\$[^$\n]*\$', source(c), flags=re.S):
-                if re.search(r'=|\\approx|\\le|\\ge', formula): held |= amounts(formula)
+            shown |= {x for text in printed(c) for x in amounts(text)}
+            held |= amounts(re.sub(r'^#\|.*', '', source(c), flags=re.M).replace(',', ', '))
+            continue
+        formulas = re.findall(r'\$\$.*?\$\$|\$[^$\n]*\$', source(c), flags=re.S)
+        held |= {x for f in formulas if re.search(r'=|\\approx|\\le|\\ge', f) for x in amounts(f.replace('{,}', ''))}
     return shown, held
 
 def holds(n, shown, held, percent):
-    "Is a typed number one of those shown, rounded, or one of those held?"
-    x,d = float(n.replace(',', '')), len(n.partition('.')[2])
-    near = 0.5*10**-d*(1+1e-9)
-    scales = (1, 100) if percent else (1,)
-    return any(abs(k*y-x)<=near for k in scales for y in shown) or any(abs(k*y-x)<1e-9*max(x, 1) for k in scales for y in held)
+    "Is a typed number one of those shown, rounded, or one of those held? (A single digit stands in too much code to be found there)"
+    x,half = float(n.replace(',', '')), 0.5*10**-len(n.partition('.')[2])
+    scales = (1, 100) if percent else (1,)     # a share may be printed as it is
+    return any(abs(k*y-x)<=half*(1+1e-9) for k in scales for y in shown) or \
+        any(abs(k*y-x)<=1e-9*x for k in scales for y in held if len(n)>1 or k>1)
 
 def sections(cells):
     "The cells from one heading of the second level to the next; a heading within a cell divides it"
@@ -159,7 +159,7 @@ def lines(cell):
     "The paragraphs of a cell's prose; those of an exercise, up to the next heading, are marked"
     asks = False
     for line in prose(cell).splitlines():
-        asks = 'an exercise' in line or asks and line!='#'
+        asks = '●' in line or asks and line!='#'
         yield line, asks
 
 def supposed(path):
@@ -167,6 +167,8 @@ def supposed(path):
     if path.parent.name!='solutions': return set()
     chapter = [c for p in NBS.glob(f'[0-9a]*/{path.name}') for c in read(p)['cells']]
     return {x for c in chapter for line,asks in lines(c) if asks for x in amounts(line)}
+
+OUTSIDE = r'\]\(https?://(?!nanowhale\.|github\.com/nanowhale/|colab\.)'
 
 def slug(heading): return re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
 
@@ -179,13 +181,13 @@ def shown_elsewhere(line, folder):
             if anchor in map(slug, headings): shown |= known(cells)[0]
     return shown
 
-def typed(path):
+def typed(path, planted=None):
     "(cell, number with its unit, the line) of each typed number that has no source"
     given = supposed(path)
-    for cells in sections(read(path)['cells']):
+    for cells in sections(planted or read(path)['cells']):
         shown,held = known(cells)
         for c in cells:
-            for line in [line for line,asks in lines(c) if not asks and not re.search(r'\]\(https?:', line)]:
+            for line in [line for line,asks in lines(c) if not asks and not re.search(OUTSIDE, line)]:
                 there = shown|shown_elsewhere(line, path.parent)
                 for m in TYPED.finditer(line):
                     lost = [n for n in re.findall(N, m[0]) if not holds(n, there, held|given, re.search('%|cent', m[0]))]
@@ -205,7 +207,7 @@ def bare(path):
     "One line for each typed number without a source"
     for at,number,line in typed(path):
         i = line.index(number)
-        yield f'{name(path)} #{at}: nothing shows where "{number}" comes from: ...{line[max(0, i-30):i+len(number)+20]}...'
+        yield f'{name(path)} #{at}: no receipt for "{number}", and no source beside it: ...{line[max(0, i-30):i+len(number)+20]}...'
 
 def render(path):
     "Write the values of today into a notebook; whether that changed it"
