@@ -15,8 +15,9 @@ Values, and numbers as they are, can be joined by ` + `, ` - `, ` * ` and ` / `,
 
 Typed is every other number that has a unit (`UNIT`) or decimals, in prose, tables and the words for figures. Its source is the
 section it stands in, from one `##` to the next: a stored output, rounded; the code; a formula that works it out (`$18/4=4.5$`).
-Or its paragraph links to such a section of another notebook (`41_ladder.ipynb#what-came-out`), or outside, to who measured it.
-An exercise may suppose what it likes, and its solution takes that up. Code, formulas and headings are not prose.
+Or its paragraph links to a section that prints it, here or elsewhere (`#the-proof`, `41_ladder.ipynb#what-came-out`), or outside,
+to who measured it.
+An exercise may suppose what it likes, and its solution takes that up. Code, formulas and headings are no prose.
 """
 import argparse, json, re, statistics, sys
 from fnmatch import fnmatchcase
@@ -45,9 +46,10 @@ def step(node, name):
 
 def found(data, way):
     "Every (value, what the entries around it say of themselves) at the end of a way"
-    ends = [(data, {})]
+    def fields(node): return node if isinstance(node, dict) else {}
+    ends = [(data, fields(data))]
     for name in way.split(' > '):
-        ends = [(to, {**said, **(node if isinstance(node, dict) else {})}) for node,said in ends for to in step(node, name)]
+        ends = [(to, said|fields(to)) for node,said in ends for to in step(node, name)]
     return ends
 
 def term(data, words):
@@ -105,8 +107,8 @@ UNIT = (r'(?:%|per ?cent|times|(?:milli)?seconds?|minutes?|hours?|days|[mµ]?s|n
     r'|[kMGT]?FLOPs?(?:/s)?|(?:tokens?|targets?)(?:/s| (?:per|a) second))(?!\w)')
 TYPED = re.compile(rf'(?<![\w.,/])({N}(?:(?:,| to| and| or|,? and| ±) {N})*)[ -]?{UNIT}|(?<![\w.,/])(\d+\.\d+)(?![\w.]*\d)')
 NO_PROSE = (   # what is left out, and what stands for it
-    (r'```.*?```', ''), (r'`[^`\n]*`', '`'), (r'^#+ .*$', '#'), (r'\$\$.*?\$\$|\$[^$\n]*\$', '$'), (RECEIPT.pattern, 'a receipt'),
-    (r'\b(?:[Ss]ections?|Tables?|Figures?|PyTorch|Python|version) [\d.]+(?:(?:,| and| to) [\d.]+)*', 'a place'),
+    (r'```.*?```', ''), (r'`[^`\n]*`', '`'), (r'^#+ [^\n]*', '#'), (r'\$\$.*?\$\$|\$[^$\n]*\$', '$'), (RECEIPT.pattern, 'a receipt'),
+    (r'\b(?:[Ss]ections?|Tables?|Figures?|PyTorch|Python|version|Apache)[ -][\d.]+(?:(?:,| and| to) [\d.]+)*', 'a place'),
     (r'\b9\d(?: %| per ?cent) (?=interval|confidence)', ''),
     (r'[●○]{5} · \d+ minutes', '●'),   # an exercise begins
     (r'[\d¾½¼]+ (?:hours|minutes) of (?:reading|computing|exercises)', 'a path'))   # tests/test_site.py counts these
@@ -172,11 +174,11 @@ OUTSIDE = r'\]\(https?://(?!nanowhale\.|github\.com/nanowhale/|colab\.)'
 
 def slug(heading): return re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
 
-def shown_elsewhere(line, folder):
-    "The amounts that other notebooks print in the sections that a paragraph links to"
+def shown_elsewhere(line, path):
+    "The amounts that cells print in the sections that a paragraph links to"
     shown = set()
-    for file,anchor in re.findall(r'\]\(([\w./]+\.ipynb)#([\w-]+)\)', line):
-        for cells in sections(read(folder/file)['cells']):
+    for file,anchor in re.findall(r'\]\(([\w./]+\.ipynb)?#([\w-]+)\)', line):
+        for cells in sections(read(path.parent/file if file else path)['cells']):
             headings = re.findall('^#+ (.*)', '\n'.join(source(c) for c in cells if c['cell_type']=='markdown'), flags=re.M)
             if anchor in map(slug, headings): shown |= known(cells)[0]
     return shown
@@ -188,9 +190,9 @@ def typed(path, planted=None):
         shown,held = known(cells)
         for c in cells:
             for line in [line for line,asks in lines(c) if not asks and not re.search(OUTSIDE, line)]:
-                there = shown|shown_elsewhere(line, path.parent)
+                there = shown|shown_elsewhere(line, path)
                 for m in TYPED.finditer(line):
-                    lost = [n for n in re.findall(N, m[0]) if not holds(n, there, held|given, re.search('%|cent', m[0]))]
+                    lost = [n for n in re.findall(N, m[0]) if not holds(n, there|given, held, re.search('%|cent', m[0]))]
                     if lost: yield c['id'], m[0], line
 
 # ---------------------------------------------------------------- the whole
