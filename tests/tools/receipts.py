@@ -7,17 +7,16 @@ Without FILES, every notebook under `nbs/` is meant. A receipt is a link with a 
 title says where the value stands in it, and the number in its text is rendered, with as many decimals as are there now:
 
     [1.35 minutes](../results/tiny.json "results > minutes of training")
-    [0.27 bits](../results/ladder.json "mean of rung=plain > bits_per_byte - mean of rung=mla > bits_per_byte")
+    [0.26 bits](../results/ladder.json "mean of rung=attention > bits_per_byte - mean of rung=compress > bits_per_byte")
 
-A step of the way is a key, or `*` for all of them; in a list, a place counted from 0, or what an entry says: `rung=mla, seed=0`.
+A step of the way is a key, or `*` for all of them; in a list, a place counted from 0, or what an entry says: `rung=moe, seed=0`.
 Where more than one value is found, `mean of`, `median of`, `least of`, `most of`, `sum of` or `number of` stands before the way.
 Values, and numbers as they are, can be joined by ` + `, ` - `, ` * ` and ` / `, from left to right.
 
 Typed is every other number that has a unit (`UNIT`) or decimals, in prose, tables and the words for figures. Its source is the
 section it stands in, from one `##` to the next: a stored output, rounded; the code; a formula that works it out (`$18/4=4.5$`).
-Or its paragraph links to a section that prints it, here or elsewhere (`#the-proof`, `41_ladder.ipynb#what-came-out`), or outside,
-to who measured it.
-An exercise may suppose what it likes, and its solution takes that up. Code, formulas and headings are no prose.
+Or its paragraph links to a section that prints it (`#the-proof`, `41_ladder.ipynb#what-came-out`), or outside, to who measured
+it. An exercise may suppose what it likes, and its solution takes that up. Code, formulas and headings are no prose.
 """
 import argparse, json, re, statistics, sys
 from fnmatch import fnmatchcase
