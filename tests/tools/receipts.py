@@ -102,7 +102,7 @@ def unsigned(target, title):
 
 # ---------------------------------------------------------------- typed numbers
 
-UNIT = (r'(?:%|per ?cent|times|(?:milli)?seconds?|minutes?|hours?|days|[mµ]?s|nats?|bits? (?:per|a) byte|[kMGT]i?B(?:/s)?'
+UNIT = (r'(?:%|per ?cent|times|(?:milli)?seconds?|minutes?|hours?|days|[mµ]?s|nats?|bits? (?:per|a) byte|[kKMGT]i?B(?:/s)?'
     r'|[kMGT]?FLOPs?(?:/s)?|(?:tokens?|targets?)(?:/s| (?:per|a) second))(?!\w)')
 TYPED = re.compile(rf'(?<![\w.,/])({N}(?:(?:,| to| and| or|,? and| ±) {N})*)[ -]?{UNIT}|(?<![\w.,/])(\d+\.\d+)(?![\w.]*\d)')
 NO_PROSE = (   # what is left out, and what stands for it
@@ -200,7 +200,7 @@ def name(path): return path.relative_to(NBS).as_posix() if path.is_relative_to(N
 
 def stale(path):
     "One line for each receipt that does not say what its file says"
-    for c in read(path)['cells']:
+    for c in [c for c in read(path)['cells'] if c['cell_type']=='markdown']:
         for m,text,wrong in receipts(source(c), path.parent):
             if wrong or text!=m[1]: yield f'{name(path)} #{c["id"]}: [{m[1]}] {wrong or f"is stale: {m[2]} says {text}"}'
 
@@ -213,7 +213,7 @@ def bare(path):
 def render(path):
     "Write the values of today into a notebook; whether that changed it"
     nb = read(path)
-    for c in nb['cells']: c['source'] = rendered(source(c), path.parent).splitlines(keepends=True)
+    for c in [c for c in nb['cells'] if c['cell_type']=='markdown']: c['source'] = rendered(source(c), path.parent).splitlines(keepends=True)
     text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n'
     changed = text!=path.read_text(encoding='utf-8')
     if changed: path.write_text(text, encoding='utf-8')
