@@ -517,6 +517,13 @@ def test_attention_in_bf16_is_no_worse_than_dense_attention(T, W, packed, C):
     for f,d,e in list(zip(both_ways(fast, half), both_ways(dense, half), exact)):
         assert (f-e).norm()<=4*(d-e).norm()+1e-3*e.norm()   # two ways to round; sums in bfloat16 would cost many times as much
 
+def test_gradients_of_blocks_are_added_in_float32_and_rounded_once():
+    "What bfloat16 entries get is, to the bit, what the same numbers get in float32, rounded at the end"
+    leaves,_,far_mask = rows(3, 1200, torch.bfloat16, 5)
+    fast,_ = fast_and_dense(1200, 30, None, far_mask, torch.arange(1200), 64)
+    exact = both_ways(fast, [leaves[0], *(x.float() for x in leaves[1:])])
+    for a,b in zip(both_ways(fast, leaves), exact): assert torch.equal(a, b.bfloat16().double())
+
 @pytest.mark.parametrize('seed', range(5))
 def test_bfloat16(seed):
     cfg,attn,x,docs = case(400+seed)

@@ -1,6 +1,8 @@
 """The marks: a run's beginning, end and filler are its tokenizer's wherever it goes, and no text can spell one"""
 import json, signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -13,6 +15,8 @@ from nanowhale.train.data import (MARKS, apart, encode, load_tokenizer, marks, t
 from nanowhale.generate.sample import generate
 from nanowhale.generate.hub import export
 from nanowhale.model.whale import Whale
+from nanowhale.presets import tiny
+from nanowhale.train.checkpoint import take_marks
 from nanowhale.train.stream import Stream, pack_texts
 from nanowhale.train.files import read_json
 from runs import texts
@@ -76,6 +80,12 @@ def named(folder, name): return {k: read_json(folder/name).get(k) for k in MARKS
 @pytest.mark.parametrize('name', ['config.json', 'generation_config.json'])
 def test_a_run_takes_the_marks_of_its_tokenizer(run, name):
     for folder in (run, *sorted((run/'checkpoints').iterdir())): assert named(folder, name)==WANTED
+
+@pytest.mark.parametrize('had,has', [((1, 7), (1, 7)), ((5, 7), 1), ((7,), 1), (7, 1)])
+def test_a_model_keeps_several_ends_only_if_the_tokenizers_is_among_them(had, has):
+    cfg = SimpleNamespace(cfg=replace(tiny(300), eos_token_id=had))
+    take_marks(cfg, SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    assert cfg.cfg.eos_token_id==has and cfg.cfg.bos_token_id==0
 
 def test_the_default_runs_marks(source, tmp_path):
     train(data=str(source/'text.jsonl'), out=str(tmp_path/'run'), **SMALL)

@@ -44,6 +44,14 @@ def test_where_flags_are_silent_five_pairs_decide(monkeypatch):
         assert processor.bf16_here()[0]==good and f'{pace}' in processor.bf16_here()[1]
     processor.bf16_here.cache_clear()
 
+@pytest.mark.parametrize('flags', [False, True])
+def test_where_flags_speak_nothing_is_timed(flags, monkeypatch):
+    monkeypatch.setattr(processor, 'bf16_by_flags', lambda: flags)
+    monkeypatch.setattr(processor, 'bf16_pace', pytest.fail)
+    processor.bf16_here.cache_clear()
+    assert processor.bf16_here()[0]==flags and (processor.slow_bf16() is None)==flags
+    processor.bf16_here.cache_clear()
+
 @pytest.fixture
 def trap(monkeypatch):
     def slow(): return 'bf16 products are slow on an old one (AVX2)'

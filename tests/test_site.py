@@ -165,7 +165,8 @@ def test_home_begins_with_something_to_play_with():
         assert block.removeprefix('> ') in text, block[:60]
 
 @pytest.mark.parametrize('given,made_of', [('](../../CONTRIBUTING.md)', '](../CONTRIBUTING.md)'), ('](../CONTRIBUTING.md)', '](CONTRIBUTING.md)'),
-    ('](https://nanowhale.github.io/nanowhale/course.html)', '](course.md)'), ('](https://nanowhale.github.io/nanowhale/)',)*2])
+    ('](https://nanowhale.github.io/nanowhale/course.html)', '](course.md)'), ('](https://nanowhale.github.io/nanowhale/)',)*2,
+    ('[1.35](../../results/tiny.json "results > minutes")', f'[1.35]({build.GIT}/blob/main/results/tiny.json "results > minutes")')])
 def test_links_that_are_right_on_github_are_right_on_the_site(given, made_of): assert build.inside(given)==made_of
 
 def test_dead_links_and_weights(tmp_path):

@@ -135,8 +135,7 @@ def attend_blocks(
 ) -> tuple:                # as in `attend`
     "Every block of queries with its own keys and those of the block before"
     T,w = q.shape[1], mask.shape[2]
-    kv = upcast(kv)        # to which many blocks add their gradients, as to the next two
-    sinks = upcast(sinks)
+    sinks = upcast(sinks)             # many blocks add their gradients to these two
     if far is not None: far = upcast(far)
     parts = []
     for a in range(0, T, w):

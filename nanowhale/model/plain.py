@@ -56,7 +56,7 @@ def rope(
 # %% ../../nbs/1_architecture/01_plain.ipynb #13901ee9
 @dataclass(frozen=True)
 class PlainConfig:
-    "Sizes of a plain transformer whose tokens are bytes; two CPU cores train it in two minutes"
+    "Sizes of a plain transformer whose tokens are bytes; two CPU cores train it in minutes"
     vocab_size: int = 256             # V, tokens it knows: the bytes
     hidden_size: int = 128            # D, channels of the residual stream
     num_hidden_layers: int = 3        # L, blocks

@@ -151,8 +151,9 @@ def write_notebooks(folder):
         write(folder/f.relative_to(NBS), json.dumps(with_install(read(f), name_of(f)), indent=1, ensure_ascii=False)+'\n')
 
 def inside(text):
-    "Links that are right on GitHub, right on the site: to the project's own pages, and to pages that the site alone has"
+    "Links that are right on GitHub, right on the site: to the project's own pages, to pages that the site alone has, and to results"
     cfg = settings()
+    text = re.sub(r'\]\((?:\.\./)+(results/\w+\.json)', rf']({GIT}/blob/main/\1', text)
     text = re.sub(r'\]\((?:\.\./)((?:\.\./)*)CONTRIBUTING\.md\)', r'](\1CONTRIBUTING.md)', text)
     return re.sub(rf'\]\({re.escape(cfg["doc_host"]+cfg["doc_baseurl"])}/(\w+)\.html', r'](\1.md', text)
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS, README, IMAGES = ROOT/'nbs', ROOT/'README.md', ROOT/'nbs/images'
 MEAN,MOST = 0.25,32
 ENV = dict(
-    OMP_NUM_THREADS='2', OMP_WAIT_POLICY='PASSIVE',   # passive: on busy cores, threads that spin cost five times the seconds
+    OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE',   # a thread for each notebook: two in each, on two cores, take 1.3 times the seconds
     PYTHONHASHSEED='0', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='', COLUMNS='80',
     MPLBACKEND='module://matplotlib_inline.backend_inline', LC_ALL='C.UTF-8', IN_TEST='1')
 if platform.machine() in ('x86_64', 'AMD64'):   # the same floating-point sums on every processor of this kind
