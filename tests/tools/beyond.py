@@ -11,9 +11,11 @@ from functools import cache, partial
 from itertools import product
 import torch
 from nanowhale.beyond.engram import Engram, EngramConfig, add_engram, smaller_vocabulary
+from nanowhale.beyond.onepass import one_pass
 from nanowhale.fast.kernels import use
 from nanowhale.lab.ablate import begin, train_one, words
 from nanowhale.lab.compare import start_by_name
+from nanowhale.model.hyper import HyperHead
 from nanowhale.train.loop import keep_freed_memory
 from plans import Run, go, options
 
@@ -38,21 +40,24 @@ class Arm:
         found = train_one('base', seed, steps, **self.options(seed, built))
         return {k: v for k,v in found.items() if k!='name'} | (self.look(built[0]) if self.look else {})
 
-    @cache
-    def seconds(self, steps, tried=3):
-        "Processor seconds of a run by the pace of a few steps, with 8 for what it measures"
-        torch.set_num_threads(1)
-        _,step,_ = begin('base', 0, steps=tried+1, **self.options(0, []))
-        step(0)
-        began = time.process_time()
-        for i in range(1, tried+1): step(i)
-        return steps*(time.process_time()-began)/tried+8
+@cache
+def pace(arm, tried=3):
+    "Processor seconds of one of its steps"
+    torch.set_num_threads(1)
+    _,step,_ = begin('base', 0, steps=tried+1, **arm.options(0, []))
+    step(0)
+    began = time.process_time()
+    for i in range(1, tried+1): step(i)
+    return (time.process_time()-began)/tried
 
 def runs(campaign, arms, steps):
     "Seed by seed, so that every arm has as many pairs as any other whenever it is stopped"
+    def seconds(arm): return steps*pace(arm)+8     # and what it measures
     for seed,(name,arm) in product(SEEDS, arms.items()):
         key = dict(campaign=campaign, arm=name, seed=seed, steps=steps)
-        yield Run(key, name, partial(arm.seconds, steps), partial(arm.measure, seed, steps))
+        yield Run(key, name, partial(seconds, arm), partial(arm.measure, seed, steps))
+
+def campaign(name, arms, args): go(list(runs(name, arms, args.steps)), args, f'python tests/tools/beyond.py {name} --steps {args.steps}')
 
 # ---------------------------------------------------------------- 50_engram
 
@@ -83,7 +88,19 @@ ENGRAM = dict(base=Arm(**SIZES), engram=Arm(tables, rows_used, **SIZES), experts
     width=Arm(moe_intermediate_size=218, **SIZES), width_flops=Arm(moe_intermediate_size=82, **SIZES),
     alone=Arm(tables_of_one, rows_used, **SIZES), open=Arm(tables_open, rows_used, **SIZES))
 
-def engram(args): go(list(runs('engram', ENGRAM, args.steps)), args, f'python tests/tools/beyond.py engram --steps {args.steps}')
+def engram(args): campaign('engram', ENGRAM, args)
+
+# ---------------------------------------------------------------- 51_onepass
+
+def learned_collapse(whale):
+    "Single-pass all the way, but with V4's collapse at the end"
+    one_pass(whale).model.hc_head = HyperHead(whale.cfg)
+    return whale
+
+DEEP = dict(num_hidden_layers=4, mtp_weight=0.)
+ONEPASS = dict(v4=Arm(**DEEP), onepass=Arm(one_pass, **DEEP), collapse=Arm(learned_collapse, **DEEP))
+
+def onepass(args): campaign('onepass', ONEPASS, args)
 
 # ----------------------------------------------------------------
 
@@ -96,6 +113,7 @@ def main():
         options(p, f'results/{run.__name__}.json')
         p.set_defaults(run=run)
     add(engram, 240)
+    add(onepass, 150)
     args = parser.parse_args()
     args.run(args)
 
