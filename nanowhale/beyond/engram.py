@@ -15,7 +15,6 @@ from math import isqrt
 import numpy as np
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from ..model.config import SWA
 from ..model.plain import Linear, rms_norm, upcast
 from ..model.rope import unrounded
 from ..model.block import Block

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['first_read', 'sublayer', 'OnePassBlock', 'LastRead', 'OnePassTrunk', 'one_pass', 'vectors_moved']
 
-# %% ../../nbs/6_beyond/51_onepass.ipynb #c8eadc8f
-import torch
+# %% ../../nbs/6_beyond/51_onepass.ipynb #307b4a2d
 from torch import nn, Tensor
 from ..model.hyper import collapse, mix
 from ..model.block import Block

@@ -7,6 +7,7 @@
 Runs are kept one by one in results/NAME.json (tests/tools/plans.py), and the chapters read them there by arm and seed.
 """
 import argparse, time
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 import torch
@@ -63,7 +64,8 @@ def campaign(name, arms, args): go(list(runs(name, arms, args.steps)), args, f'p
 
 TABLES = EngramConfig(layers=(1,), longest=3, hashes=4, rows=4253, width=8)
 
-def tables(whale): return add_engram(whale, TABLES, smaller_vocabulary(words(whale.cfg.vocab_size)[2]))
+def tables(whale, e=TABLES): return add_engram(whale, e, smaller_vocabulary(words(whale.cfg.vocab_size)[2]))
+def few_rows(whale): return tables(whale, replace(TABLES, rows=1200))
 def parts(whale): return [m for m in whale.modules() if isinstance(m, Engram)]
 
 def tables_of_one(whale):
@@ -85,8 +87,9 @@ def rows_used(whale):
 
 SIZES = dict(mtp_weight=0.)
 ENGRAM = dict(base=Arm(**SIZES), engram=Arm(tables, rows_used, **SIZES), experts=Arm(n_routed_experts=16, **SIZES),
-    width=Arm(moe_intermediate_size=218, **SIZES), width_flops=Arm(moe_intermediate_size=82, **SIZES),
-    alone=Arm(tables_of_one, rows_used, **SIZES), open=Arm(tables_open, rows_used, **SIZES))
+    mixed=Arm(few_rows, rows_used, n_routed_experts=12, **SIZES), width=Arm(moe_intermediate_size=218, **SIZES),
+    width_flops=Arm(moe_intermediate_size=82, **SIZES), alone=Arm(tables_of_one, rows_used, **SIZES),
+    open=Arm(tables_open, rows_used, **SIZES))
 
 def engram(args): campaign('engram', ENGRAM, args)
 
@@ -113,7 +116,7 @@ def main():
         options(p, f'results/{run.__name__}.json')
         p.set_defaults(run=run)
     add(engram, 240)
-    add(onepass, 150)
+    add(onepass, 130)
     args = parser.parse_args()
     args.run(args)
 
