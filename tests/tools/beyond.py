@@ -116,7 +116,7 @@ def main():
         options(p, f'results/{run.__name__}.json')
         p.set_defaults(run=run)
     add(engram, 240)
-    add(onepass, 130)
+    add(onepass, 150)
     args = parser.parse_args()
     args.run(args)
 
