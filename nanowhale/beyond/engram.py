@@ -191,7 +191,7 @@ def add_engram(
     "Put a table before some blocks; all that was there keeps its name and its weights"
     blocks = whale.model.layers
     if max(e.layers)>=len(blocks):
-        raise ValueError(f'engram layers {e.layers}: this whale has {len(blocks)} blocks, from 0 on')
+        raise ValueError(f'engram layers {e.layers}: this whale has {len(blocks)} blocks')
     for layer in e.layers:
         block = EngramBlock(whale.cfg, e, layer, smaller)
         block.load_state_dict(blocks[layer].state_dict(), strict=False)
