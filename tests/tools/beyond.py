@@ -43,6 +43,10 @@ def low_formats(R):
         'products FP8, V4': times('v4'), 'products FP8, V4.1': times('v41'), 'experts FP4, V4.1': times('v41', experts=FP4),
         'all of V4.1': all_of('v41')}
 
+# whales trained in float32 as well: how much does reading far count at all? entries that are zeros, and keys without a meaning
+CONTROLS = {'float32': read_low, 'entries read as zeros': partial(read_low, entries=torch.zeros_like),
+    'picks by lot': partial(read_low, index=torch.randn_like)}
+
 TRAINED = 'products FP8, V4.1', 'cache of V4.1', 'all of V4.1'   # the arms beside float32
 
 def noting_picks(whale):
@@ -61,7 +65,7 @@ def low_scores(whale, held, change):
     whale = change(copy.deepcopy(whale))
     lists = noting_picks(whale)
     bits = held.scores(whale)['bits_per_byte']
-    return round(bits, 5), [torch.cat(picks) for picks in lists]
+    return round(bits, 7), [torch.cat(picks) for picks in lists]
 
 def low_outliers(whale, held):
     "Largest number of an indexer's key over its root mean square, the median over keys: one for each indexer"
@@ -75,11 +79,12 @@ def low_outliers(whale, held):
 def low_run(arm, seed, steps):
     "Train one whale, and read the held-out text as often as the arm asks for"
     formats = low_formats(LOW['qk_rope_head_dim'])
-    whale,step,held = begin('base', seed, steps=steps, **LOW, change=None if arm=='float32' else formats[arm])
+    whale,step,held = begin('base', seed, steps=steps, **LOW, change=formats[arm] if arm in TRAINED else None)
     losses = [step(i)['loss'] for i in range(steps)]
-    if arm!='float32': return dict(bits={arm: low_scores(whale, held, lambda w: w)[0]}, loss=round(sum(losses[-20:])/len(losses[-20:]), 4))
+    if arm in TRAINED: return dict(bits={arm: low_scores(whale, held, lambda w: w)[0]}, loss=round(sum(losses[-20:])/len(losses[-20:]), 4))
     bits,picks = {},{}
-    for name,change in formats.items():
+    for name,change in (CONTROLS if arm=='controls' else formats).items():
+        torch.manual_seed(seed)
         bits[name],now = low_scores(whale, held, change)
         if name=='float32': first = now
         else: picks[name] = [round(picks_changed(a, b), 4) for a,b in zip(first, now)]
@@ -87,11 +92,11 @@ def low_run(arm, seed, steps):
 
 def lowbit(args):
     cfg,recipe,_ = setup('base', steps=args.steps, **LOW)
-    def seconds(arm): return plans.pace(cfg, recipe)*(args.steps*(1 if arm=='float32' else 1.5)+(150 if arm=='float32' else 12))
+    def seconds(arm): return plans.pace(cfg, recipe)*(args.steps*(1.5 if arm in TRAINED else 1)+dict(float32=150, controls=30).get(arm, 12))
     def run(arm, seed):
         key = dict(arm=arm, seed=seed, steps=args.steps)
         return plans.Run(key, arm, partial(seconds, arm), partial(low_run, arm, seed, args.steps))
-    runs = [run(arm, seed) for seed in range(args.seeds) for arm in ('float32', *TRAINED)]
+    runs = [run(arm, seed) for seed in range(args.seeds) for arm in ('float32', *TRAINED, 'controls')]
     plans.go(runs, args, f'python tests/tools/beyond.py lowbit --steps {args.steps} --seeds {args.seeds}')
 
 # ---------------------------------------------------------------- what can be asked for
