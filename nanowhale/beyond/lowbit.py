@@ -63,7 +63,7 @@ class Format(NamedTuple):
     scale: Callable = power_scale
 
     def codes(self, x):
-        "Codes [...,M/r,r,N/c,c] of x [...,M,N], as numbers of the type, and scales [...,M/r,1,N/c,1]"
+        "Codes [...,M/r,r,N/c,c] of x [...,M,N], as values of the type; scales [...,M/r,1,N/c,1]"
         r,c = self.tile
         y = F.pad(upcast(x), (0, -x.shape[-1]%c, 0, -x.shape[-2]%r))
         M,N = y.shape[-2:]
@@ -86,20 +86,20 @@ class Format(NamedTuple):
 FP8 = Format(E4M3)                                    # V4.1: window, inputs of products
 FP4 = Format(E2M1)                                    # index queries and keys, experts
 ENTRY4 = Format(E2M1, (1,16), e4m3_scale)             # V4.1: entries
-STILL8 = Format(E4M3, (1,64))                         # V4: window and entries, where nothing rotates
+STILL8 = Format(E4M3, (1,64))                         # V4: window and entries, see `apart`
 PRODUCTS = dict(                                      # of dense layers
     v4=dict(inputs=Format(E4M3, (1,128)), weights=Format(E4M3, (128,128))),
     v41=dict(inputs=FP8, weights=Format(E4M3, (32,32))))
 
 # %% ../../nbs/6_beyond/56_lowbit.ipynb #bbac7a7c
 def hadamard(n):   # a power of two -> [n,n]
-    "Orthogonal and symmetric, with entries of one size: four copies of the half, one of them negative"
+    "Orthogonal, symmetric, entries of one size: four copies of the half, one of them negative"
     H = torch.ones(1, 1)
     while len(H)<n: H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return H/n**0.5
 
 def turned(x):   # [...,n] -> [...,n]
-    "Outliers spread over all channels; products of two turned vectors are what they were (V4's code)"
+    "Outliers spread over all channels; products of turned vectors are what they were (V4's code)"
     return x@hadamard(x.shape[-1]).to(x)
 
 def turned_fp4(x): return FP4(turned(x))
@@ -167,9 +167,10 @@ def multiply_low(
     weights:Format,        # of dense layers
     experts:Format=None,   # of routed experts; None: as `weights`
 ):                         # -> the whale
-    "Products in few bits, where V4.1 has them; weights stay what they are and learn straight through"
+    "Products in few bits, where V4.1 has them; weights stay as they are and learn straight through"
     for name,part in whale.named_modules():
         if isinstance(part, Linear) and not name.endswith(HIGH):
             part.product = partial(low_product, part.product, inputs, weights)
-        if isinstance(part, Experts): part.run = partial(low_run, part.run, inputs, experts or weights)
+        if isinstance(part, Experts):
+            part.run = partial(low_run, part.run, inputs, experts or weights)
     return whale

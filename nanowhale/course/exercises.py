@@ -1336,7 +1336,7 @@ def _one(): return _beside(ENTRY4)
 @prediction('one_beside_13', within=0)
 def _one_in_an_entry(): return _one()
 
-@mistake('one_beside_13', 'that is with a power of two, 4: the scale of an entry is a number of FP8')
+@mistake('one_beside_13', 'that is with a power of two: the scale of an entry is a number of FP8')
 def _with_a_power(): return _beside(Format(E2M1, (1,16)))
 
 @mistake('one_beside_13', 'a one stays a one only if the scale is 1: the 13 must fit as well')
