@@ -1326,6 +1326,64 @@ def _across_documents(mtp, ids, docs):
 def _of_all_places(mtp, ids, docs):
     return _hits(mtp, _later(ids), _in_document(docs, _later(docs)), places=ids.numel())
 
+# %% ../../nbs/appendix/95_exercises.ipynb #56000002
+from ..beyond.lowbit import E2M1, E4M3, ENTRY4, Format, nearest
+
+# %% ../../nbs/appendix/95_exercises.ipynb #56000003
+def _beside(format): return format(torch.tensor([[13.]+[1.]*15]))[0,1].item()
+def _one(): return _beside(ENTRY4)
+
+@prediction('one_beside_13', within=0)
+def _one_in_an_entry(): return _one()
+
+@mistake('one_beside_13', 'that is with a power of two: the scale of an entry is a number of FP8')
+def _with_a_power(): return _beside(Format(E2M1, (1,16)))
+
+@mistake('one_beside_13', 'a one stays a one only if the scale is 1: the 13 must fit as well')
+def _without_a_scale(): return 1.0
+
+@mistake('one_beside_13', 'the scale 13/6 is rounded to a number of FP8 first')
+def _scale_not_rounded(): return 13/12
+
+# %% ../../nbs/appendix/95_exercises.ipynb #56000004
+def _blocks_of(x, width, scale, round_code=nearest):
+    blocks = x.unflatten(-1, (-1,width))
+    s = scale(blocks.abs().amax(-1, keepdim=True))
+    return (round_code(blocks/s, E2M1)*s).flatten(-2)
+
+def _fp8_scale(a): return nearest(a.clamp(min=6*2.0**-9)/6, E4M3)
+
+def _entry(x): return _blocks_of(x, 16, _fp8_scale)
+
+@exercise('entry_fp4', _entry)
+def _blocks_with_ties(more):
+    B,n = 2+more, 3+more
+    quarters = torch.randint(-24, 25, (B, n, 16))/4
+    quarters[...,between(0, 16)] = 6
+    sizes = torch.randint(9, 15, (B, n, 1))/8*2.0**torch.randint(-3, 3, (B, n, 1))
+    ties = (quarters*sizes).flatten(1)
+    ties[0,:16] = 0
+    return [(ties,), (randn(B, 16*n)*torch.rand(B, 16*n),)]
+
+@mistake('entry_fp4', 'of two marks that are equally near, the one at an even place: 0, 1, 2, 4')
+def _ties_upwards(x):
+    marks = torch.tensor([6, 4, 3, 2, 1.5, 1, .5, 0])
+    def up(y, numbers): return marks[(y.abs()[...,None]-marks).abs().argmin(-1)].copysign(y)
+    return _blocks_of(x, 16, _fp8_scale, up)
+
+@mistake('entry_fp4', 'the scale must be a number of FP8 itself: round it')
+def _exact_scale(x): return _blocks_of(x, 16, lambda a: a.clamp(min=6*2.0**-9)/6)
+
+@mistake('entry_fp4', 'you took a power of two: entries have a finer scale, in FP8')
+def _power_of_two(x):
+    return _blocks_of(x, 16, lambda a: 2**(a.clamp(min=6*2.0**-9)/6).log2().ceil())
+
+@mistake('entry_fp4', 'sixteen numbers share a scale, and the next sixteen have their own')
+def _one_for_the_row(x): return _blocks_of(x, x.shape[-1], _fp8_scale)
+
+@mistake('entry_fp4', 'a block of zeros has a scale, too: it is at least 2^-9')
+def _no_floor(x): return _blocks_of(x, 16, lambda a: nearest(a/6, E4M3))
+
 # %% ../../nbs/appendix/95_exercises.ipynb #50510001
 from ..beyond.engram import ngram_rows
 
