@@ -23,7 +23,7 @@ def replayed_rows(
     n = cfg.num_hidden_layers-1-max(cfg.kv_source_layer_ids)
     return [W+exact*(n-1-k)*(W-1) for k in range(n)]
 
-# %% ../../nbs/6_beyond/53_halves.ipynb #35d23e99
+# %% ../../nbs/6_beyond/53_halves.ipynb #e70f5aa2
 def far_flops(
     c,      # a `V41Config`
     i:int,  # layer
@@ -50,10 +50,12 @@ def reading_flops(
     last = max(c.kv_source_layer_ids)
     total = 0
     for i in range(c.num_hidden_layers):
-        def layer(T): return T*sum(add_up([layer_flops(c, T), far_flops(c, i, T)]).values())
+        def layer(T):
+            if not T: return 0
+            return T*sum(add_up([layer_flops(c, T), far_flops(c, i, T)]).values())
         n = min(T, rows[i-last-1]) if rows and i>last else T
-        total += layer(T)-(layer(T-n) if n<T else 0)        # the last n of T tokens
-    return total/T
+        total += layer(T)-layer(T-n)        # the last n of T tokens
+    return total/max(T, 1)
 
 def writing_flops(
     c,      # a `V41Config`

@@ -1345,14 +1345,15 @@ def _far_memory_of_v4(): return _ring_bytes()/3514
 def _rings_in_bf16(): return 40*128*2*512/far_bytes(V41Config())
 
 def _two_levels(scores, seen, size, most, pin=True, worth=torch.amax, empty=False):
-    def blocks(x, fill): return F.pad(x, (0, -x.shape[-1]%size), value=fill).unflatten(-1, (-1,size))
+    C = scores.shape[-1]
+    def blocks(x, fill): return F.pad(x, (0, -C%size), value=fill).unflatten(-1, (-1,size))
     low = float('-inf')
     some = blocks(seen, False).any(-1)
     best = worth(blocks(scores.masked_fill(~seen, low), low), -1)
     if pin: best = best.masked_fill(some & (some.cumsum(-1)==some.sum(-1, keepdim=True)), -low)
     top = best.topk(min(most, best.shape[-1]), -1)
     kept = torch.zeros_like(some).scatter(-1, top.indices, (top.values>low) | empty)
-    return kept.repeat_interleave(size, -1)[...,:scores.shape[-1]]
+    return kept.repeat_interleave(size, -1)[...,:C]
 
 @exercise('candidates', candidates)
 def _queries_and_entries(more):
