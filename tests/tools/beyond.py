@@ -22,7 +22,7 @@ from nanowhale.train.step import train_step
 # Arm shared: the small V4.1 learns bytes; then held-out text is read token by token, with and without the stale index keys, and after
 # a bounded replay. Arm picks: the same, but every far layer picks among all entries for itself; then neighbours' picks are compared.
 
-CSA2_STEPS = 200
+CSA2_STEPS = 150
 FAR = tuple(range(1, 8))
 CSA2 = dict(shared={}, picks=dict(index_source_layer_ids=FAR, candidate_source_layer_id=None))
 
