@@ -22,6 +22,9 @@ from .exercise_model import between, randn, rough, small, uniform
 from ..presets import nanowhale_100m
 from ..train.optim import split_params
 
+# %% ../../nbs/appendix/95_exercises.ipynb #52000001
+from ..beyond.csa2 import V41Config, candidates, far_bytes
+
 # %% ../../nbs/appendix/95_exercises.ipynb #0c31797c
 def _slices(x, starts, width, fill):
     return torch.tensor([(x[a:a+width]+[fill]*width)[:width] for a in starts])
@@ -1325,6 +1328,94 @@ def _across_documents(mtp, ids, docs):
 @mistake('second_guess', 'divide by the places that have a token after next, not by all')
 def _of_all_places(mtp, ids, docs):
     return _hits(mtp, _later(ids), _in_document(docs, _later(docs)), places=ids.numel())
+
+# %% ../../nbs/appendix/95_exercises.ipynb #52000003
+def _ring_bytes(layers=40): return layers*128*(512+512/32)
+
+@prediction('far_outweighs', within=0.02)
+def _until_far_outweighs(): return _ring_bytes()/far_bytes(V41Config())
+
+@mistake('far_outweighs', 'that is one ring: each of the 40 layers keeps its own')
+def _one_ring(): return _ring_bytes(1)/far_bytes(V41Config())
+
+@mistake('far_outweighs', "that is V4's far memory: V4.1 adds 890 bytes a token")
+def _far_memory_of_v4(): return _ring_bytes()/3514
+
+@mistake('far_outweighs', 'a number in FP8 takes one byte')
+def _rings_in_bf16(): return 40*128*2*512/far_bytes(V41Config())
+
+def _two_levels(scores, seen, size, most, pin=True, worth=torch.amax, empty=False):
+    C = scores.shape[-1]
+    def blocks(x, fill): return F.pad(x, (0, -C%size), value=fill).unflatten(-1, (-1,size))
+    low = float('-inf')
+    some = blocks(seen, False).any(-1)
+    best = worth(blocks(scores.masked_fill(~seen, low), low), -1)
+    if pin: best = best.masked_fill(some & (some.cumsum(-1)==some.sum(-1, keepdim=True)), -low)
+    top = best.topk(min(most, best.shape[-1]), -1)
+    kept = torch.zeros_like(some).scatter(-1, top.indices, (top.values>low) | empty)
+    return kept.repeat_interleave(size, -1)[...,:C]
+
+@exercise('candidates', candidates)
+def _queries_and_entries(more):
+    def one(T, size, most):
+        C = 2*T+3
+        behind = 2*torch.arange(T)+3*torch.arange(2+more)[:,None]       # entries, by row and query
+        seen = torch.arange(C)<behind[...,None]
+        return randn(2+more, T, C), seen, size, most
+    return [one(6+more, 3, 2), one(7+more, 2, 3)]
+
+@mistake('candidates', 'the newest block stays whatever its score')
+def _newest_must_earn_it(*args): return _two_levels(*args, pin=False)
+
+@mistake('candidates', 'a block is worth its best entry, not the mean of its entries')
+def _worth_their_mean(*args): return _two_levels(*args, worth=torch.mean)
+
+@mistake('candidates', 'the newest block is one of those that are kept: yours keeps one more')
+def _one_block_more(scores, seen, size, most): return _two_levels(scores, seen, size, most+1)
+
+@mistake('candidates', 'blocks with nothing visible are no candidates, however few there are')
+def _empty_blocks_too(*args): return _two_levels(*args, empty=True)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #53000002
+def _stairs(W=128, layers=19, step=127): return sum(W+step*k for k in range(layers))
+
+@prediction('staircase', within=0)
+def _all_stairs(): return _stairs()
+
+@mistake('staircase', 'each layer needs 127 rows more, not 128: a query is among those it reads')
+def _steps_of_a_window(): return _stairs(step=128)
+
+@mistake('staircase', 'that is the lowest step for all layers: each higher one needs fewer rows')
+def _all_on_the_lowest(): return 19*2414
+
+@mistake('staircase', 'that is bounded replay, the same 128 rows in each layer')
+def _no_stairs(): return _stairs(step=0)
+
+def _mean_cost(prompt, reply, read, write, W):
+    return (prompt*read+min(prompt, W)*(write-read)+reply*write)/(prompt+reply)
+
+@exercise('mean_cost', _mean_cost)
+def _conversations(more):
+    costs = [(uniform(5, 9), uniform(10, 20)) for _ in range(3)]
+    return [(between(300, 900)+more, between(50, 90), *costs[0], between(20, 50)),
+        (between(5, 19)+more, between(20, 40), *costs[1], between(100, 200)),
+        (between(300, 900)+more, between(100, 200), *costs[2], between(60, 90))]
+
+@mistake('mean_cost', 'the last W tokens of the prompt go through all layers')
+def _no_replay(prompt, reply, read, write, W):
+    return _mean_cost(prompt, reply, read, write, 0)
+
+@mistake('mean_cost', 'a prompt may be shorter than the window')
+def _always_a_window(prompt, reply, read, write, W):
+    return (prompt*read+W*(write-read)+reply*write)/(prompt+reply)
+
+@mistake('mean_cost', 'a written token goes through all layers')
+def _writes_like_reading(prompt, reply, read, write, W):
+    return _mean_cost(prompt, reply, read, write, W)-reply*(write-read)/(prompt+reply)
+
+@mistake('mean_cost', 'what is replayed costs write in place of read, not on top of it')
+def _replayed_twice(prompt, reply, read, write, W):
+    return _mean_cost(prompt, reply, read, write, W)+min(prompt, W)*read/(prompt+reply)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #56000002
 from ..beyond.lowbit import E2M1, E4M3, ENTRY4, Format, nearest

@@ -19,6 +19,7 @@ from nanowhale.lab.compare import start_by_name
 from nanowhale.model.hyper import HyperHead
 from nanowhale.train.loop import keep_freed_memory
 from plans import Run, go, options
+from beyond_csa2 import csa2
 from beyond_lowbit import lowbit
 
 SEEDS = range(5)
@@ -118,6 +119,7 @@ def main():
         p.set_defaults(run=run)
     add(engram, 240)
     add(onepass, 150)
+    add(csa2, 150)
     add(lowbit, 160)
     args = parser.parse_args()
     args.run(args)
