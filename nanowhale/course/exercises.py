@@ -1325,3 +1325,47 @@ def _across_documents(mtp, ids, docs):
 @mistake('second_guess', 'divide by the places that have a token after next, not by all')
 def _of_all_places(mtp, ids, docs):
     return _hits(mtp, _later(ids), _in_document(docs, _later(docs)), places=ids.numel())
+
+# %% ../../nbs/appendix/95_exercises.ipynb #58e00002
+def _traffic(k=6, ways=2, passes=2, share=63/64):
+    "MB of rows for a token in a training step of V4-Pro"
+    return k*7168*2*share*ways*passes*61/1e6
+
+@prediction('step_traffic', within=0.01)
+def _step_traffic(): return _traffic()
+
+@mistake('step_traffic', 'gradients travel the same two ways: the backward pass doubles it')
+def _no_backward(): return _traffic(passes=1)
+
+@mistake('step_traffic', 'rows go out and come back: there are two exchanges in each pass')
+def _no_way_back(): return _traffic(ways=1)
+
+@mistake('step_traffic', 'one row in 64 stays in its process and does not touch the network')
+def _all_leave(): return _traffic(share=1)
+
+@mistake('step_traffic', 'the shared expert is in every process: only six rows travel')
+def _shared_too(): return _traffic(k=7)
+
+
+# %% ../../nbs/appendix/95_exercises.ipynb #58e00003
+def _rows_once(idx, E, R):
+    asked = torch.zeros(len(idx), R, dtype=torch.long)
+    return asked.scatter(1, idx//(E//R), 1).sum(0)
+
+@exercise('rows_once', _rows_once)
+def _choices(more):
+    R,each = 3+more, 4+more
+    idx = torch.rand(9+2*more, R*each).topk(4+more).indices
+    return [(idx, R*each, R)]
+
+@mistake('rows_once', 'that is a row for each expert: if two share a process, one row is enough')
+def _row_for_each(idx, E, R): return (idx//(E//R)).flatten().bincount(minlength=R)
+
+@mistake('rows_once', 'process q holds a block of E/R experts, not every R-th: divide by E//R')
+def _every_rth(idx, E, R): return _rows_once(idx%R*(E//R), E, R)
+
+@mistake('rows_once', 'that is how many processes each token goes to: add up the other axis')
+def _by_token(idx, E, R):
+    asked = torch.zeros(len(idx), R, dtype=torch.long)
+    return asked.scatter(1, idx//(E//R), 1).sum(1)
+
