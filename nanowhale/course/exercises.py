@@ -1331,7 +1331,7 @@ def _traffic(k=6, ways=2, passes=2, share=63/64):
     "MB of rows for a token in a training step of V4-Pro"
     return k*7168*2*share*ways*passes*61/1e6
 
-@prediction('step_traffic', within=0.01)
+@prediction('step_traffic', within=0.005)
 def _step_traffic(): return _traffic()
 
 @mistake('step_traffic', 'half of it: rows go out and come back, and gradients travel both ways too')
