@@ -1334,7 +1334,8 @@ def _traffic(k=6, ways=2, passes=2, share=63/64):
 @prediction('step_traffic', within=0.005)
 def _step_traffic(): return _traffic()
 
-@mistake('step_traffic', 'half of it: rows go out and come back, and gradients travel both ways too')
+@mistake('step_traffic',
+    'half of it: rows go out and come back, and gradients travel both ways too')
 def _one_pass(): return _traffic(passes=1)
 
 @mistake('step_traffic', 'one row in 64 stays in its process and does not touch the network')
