@@ -1329,6 +1329,122 @@ def _across_documents(mtp, ids, docs):
 def _of_all_places(mtp, ids, docs):
     return _hits(mtp, _later(ids), _in_document(docs, _later(docs)), places=ids.numel())
 
+# %% ../../nbs/appendix/95_exercises.ipynb #50510001
+from ..beyond.engram import ngram_rows
+
+# %% ../../nbs/appendix/95_exercises.ipynb #50510002
+def _lookup_bytes(lengths=3, layers=2, row=256+256//32): return lengths*8*layers*row
+
+@prediction('engram_bytes', within=0)
+def _bytes_of_a_lookup():
+    "Three lengths, eight hashes, two layers, 256 numbers of a byte and a scale for every 32"
+    return _lookup_bytes()
+
+@mistake('engram_bytes', 'each row has eight scales, and they are read with it')
+def _without_scales(): return _lookup_bytes(row=256)
+
+@mistake('engram_bytes', 'n-grams have two, three or four tokens: that makes three lengths')
+def _four_lengths(): return _lookup_bytes(lengths=4)
+
+@mistake('engram_bytes', 'each of the two layers looks up its own rows')
+def _one_layer(): return _lookup_bytes(layers=1)
+
+@mistake('engram_bytes', 'a number in the table has one byte, not two')
+def _two_bytes_each(): return _lookup_bytes(row=2*256+8)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #50510003
+PRIMES = [101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157]
+
+def _rows_by(back, multipliers, sizes, join=torch.bitwise_xor, step=1, behind=True):
+    "Rows of n-grams; `join` unites products, heads are repeated in blocks or taken in turn"
+    products,heads = back*multipliers, len(sizes)//(len(multipliers)-1)
+    z,found = products[...,0], []
+    for d in range(1, len(multipliers)):
+        z = join(z, products[...,d])
+        found.append(z)
+    z = torch.stack(found, -1)
+    z = z.repeat_interleave(heads, -1) if step==1 else z.repeat(1, 1, heads)
+    return z%sizes+(sizes.cumsum(0)-sizes if behind else 0)
+
+@exercise('engram_rows', ngram_rows)
+def _last_tokens(more):
+    n = 3+more
+    sizes = torch.tensor(PRIMES)[torch.randperm(len(PRIMES))[:2*(n-1)]]
+    factors = 2*torch.randint(10**5, 10**6, (n,))+1
+    return [(torch.randint(0, 99, (2+more, 5+more, n)), factors, sizes)]
+
+@mistake('engram_rows', 'products are XORed and not added: a sum could leave the 63 bits')
+def _added_up(*args): return _rows_by(*args, join=torch.add)
+
+@mistake('engram_rows', 'each distance has a factor of its own, '
+    'or "dog bites man" finds the rows of "man bites dog"')
+def _one_factor(back, multipliers, sizes):
+    return _rows_by(back, multipliers[:1].expand_as(multipliers), sizes)
+
+@mistake('engram_rows', 'the tables lie one behind the other: add the sizes of those before')
+def _no_offsets(*args): return _rows_by(*args, behind=False)
+
+@mistake('engram_rows', 'all heads of the pairs come first, then all heads of the triples')
+def _in_turn(*args): return _rows_by(*args, step=2)
+
+@mistake('engram_rows', 'the first entry is the token itself: a pair is the first two entries')
+def _oldest_first(back, multipliers, sizes): return _rows_by(back.flip(-1), multipliers, sizes)
+
+@mistake('engram_rows', 'each head divides by its own prime: you used the first for all')
+def _one_prime(back, multipliers, sizes):
+    inside = _rows_by(back, multipliers, sizes[:1].expand_as(sizes), behind=False)
+    return inside+(sizes.cumsum(0)-sizes)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #50510006
+def _saved_gigabytes(vectors=14-10, size=2, unit=1e9):
+    return vectors*5120*80*size*100_000/unit
+
+@prediction('onepass_saved', within=0.01)
+def _one_pass_for_two(): return _saved_gigabytes()
+
+@mistake('onepass_saved', 'the saving is what two passes move less what one pass moves')
+def _all_of_one_pass(): return _saved_gigabytes(10)
+
+@mistake('onepass_saved', 'a number has two bytes, and a block has two sublayers')
+def _a_byte_a_number(): return _saved_gigabytes(size=1)
+
+@mistake('onepass_saved', 'count in units of a thousand million bytes, not of 2^30')
+def _gibibytes(): return _saved_gigabytes(unit=2**30)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #50510007
+def _sweep(X, y, pre, post, comb, fn, chunk, turned=False, old=(), whole=True):
+    "New streams, next input and two sums, chunk by chunk; what `old` names sees the old streams"
+    D = X.shape[-1]
+    new,u,dots,squares = [], [], 0, 0
+    for a in range(0, D if whole else D-chunk+1, chunk):
+        at = slice(a, a+chunk)
+        part = (comb if turned else comb.mT)@X[:,at]+post[:,None]*y[at]
+        def seen(by): return X[:,at] if by in old else part
+        new.append(part)
+        u.append(pre@seen('u'))
+        dots = dots+(fn[:,:,at]*seen('dots')).sum((1, 2))
+        squares = squares+seen('squares').square().sum()
+    return torch.cat(new, 1), torch.cat(u), dots, squares
+
+@exercise('one_pass', _sweep)
+def _streams_of_a_token(more):
+    N,D,n = 3+more, 7+2*more, 5+more
+    comb = randn(N, N).softmax(0)
+    return [(randn(N, D), randn(D), randn(N).sigmoid(), 2*randn(N).sigmoid(), comb,
+        randn(n, N, D), between(2, 4))]
+
+@mistake('one_pass', 'the sum over the streams runs over the first index of comb')
+def _comb_turned(*args): return _sweep(*args, turned=True)
+
+@mistake('one_pass', 'the next sublayer reads the new streams: weigh those with pre')
+def _reads_the_old(*args): return _sweep(*args, old=('u',))
+
+@mistake('one_pass', 'the next coefficients are predicted from the new streams')
+def _predicts_from_the_old(*args): return _sweep(*args, old=('dots','squares'))
+
+@mistake('one_pass', 'the last chunk may be shorter than the others, and counts as well')
+def _last_chunk_dropped(*args): return _sweep(*args, whole=False)
+
 # %% ../../nbs/appendix/95_exercises.ipynb #52000003
 def _ring_bytes(layers=40): return layers*128*(512+512/32)
 
@@ -1475,118 +1591,44 @@ def _one_for_the_row(x): return _blocks_of(x, x.shape[-1], _fp8_scale)
 @mistake('entry_fp4', 'a block of zeros has a scale, too: it is at least 2^-9')
 def _no_floor(x): return _blocks_of(x, 16, lambda a: nearest(a/6, E4M3))
 
-# %% ../../nbs/appendix/95_exercises.ipynb #50510001
-from ..beyond.engram import ngram_rows
+# %% ../../nbs/appendix/95_exercises.ipynb #58e00002
+def _traffic(k=6, ways=2, passes=2, share=63/64):
+    "MB of rows for a token in a training step of V4-Pro"
+    return k*7168*2*share*ways*passes*61/1e6
 
-# %% ../../nbs/appendix/95_exercises.ipynb #50510002
-def _lookup_bytes(lengths=3, layers=2, row=256+256//32): return lengths*8*layers*row
+@prediction('step_traffic', within=0.005)
+def _step_traffic(): return _traffic()
 
-@prediction('engram_bytes', within=0)
-def _bytes_of_a_lookup():
-    "Three lengths, eight hashes, two layers, 256 numbers of a byte and a scale for every 32"
-    return _lookup_bytes()
+@mistake('step_traffic',
+    'half of it: rows go out and come back, and gradients travel both ways too')
+def _one_pass(): return _traffic(passes=1)
 
-@mistake('engram_bytes', 'each row has eight scales, and they are read with it')
-def _without_scales(): return _lookup_bytes(row=256)
+@mistake('step_traffic', 'one row in 64 stays in its process and does not touch the network')
+def _all_leave(): return _traffic(share=1)
 
-@mistake('engram_bytes', 'n-grams have two, three or four tokens: that makes three lengths')
-def _four_lengths(): return _lookup_bytes(lengths=4)
+@mistake('step_traffic', 'the shared expert is in every process: only six rows travel')
+def _shared_too(): return _traffic(k=7)
 
-@mistake('engram_bytes', 'each of the two layers looks up its own rows')
-def _one_layer(): return _lookup_bytes(layers=1)
 
-@mistake('engram_bytes', 'a number in the table has one byte, not two')
-def _two_bytes_each(): return _lookup_bytes(row=2*256+8)
+# %% ../../nbs/appendix/95_exercises.ipynb #58e00003
+def _rows_once(idx, E, R):
+    asked = torch.zeros(len(idx), R, dtype=torch.long)
+    return asked.scatter(1, idx//(E//R), 1).sum(0)
 
-# %% ../../nbs/appendix/95_exercises.ipynb #50510003
-PRIMES = [101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157]
+@exercise('rows_once', _rows_once)
+def _choices(more):
+    R,each = 3+more, 4+more
+    idx = torch.rand(9+2*more, R*each).topk(4+more).indices
+    return [(idx, R*each, R)]
 
-def _rows_by(back, multipliers, sizes, join=torch.bitwise_xor, step=1, behind=True):
-    "Rows of n-grams; `join` unites products, heads are repeated in blocks or taken in turn"
-    products,heads = back*multipliers, len(sizes)//(len(multipliers)-1)
-    z,found = products[...,0], []
-    for d in range(1, len(multipliers)):
-        z = join(z, products[...,d])
-        found.append(z)
-    z = torch.stack(found, -1)
-    z = z.repeat_interleave(heads, -1) if step==1 else z.repeat(1, 1, heads)
-    return z%sizes+(sizes.cumsum(0)-sizes if behind else 0)
+@mistake('rows_once', 'that is a row for each expert: if two share a process, one row is enough')
+def _row_for_each(idx, E, R): return (idx//(E//R)).flatten().bincount(minlength=R)
 
-@exercise('engram_rows', ngram_rows)
-def _last_tokens(more):
-    n = 3+more
-    sizes = torch.tensor(PRIMES)[torch.randperm(len(PRIMES))[:2*(n-1)]]
-    factors = 2*torch.randint(10**5, 10**6, (n,))+1
-    return [(torch.randint(0, 99, (2+more, 5+more, n)), factors, sizes)]
+@mistake('rows_once', 'process q holds a block of E/R experts, not every R-th: divide by E//R')
+def _every_rth(idx, E, R): return _rows_once(idx%R*(E//R), E, R)
 
-@mistake('engram_rows', 'products are XORed and not added: a sum could leave the 63 bits')
-def _added_up(*args): return _rows_by(*args, join=torch.add)
+@mistake('rows_once', 'that is how many processes each token goes to: add up the other axis')
+def _by_token(idx, E, R):
+    asked = torch.zeros(len(idx), R, dtype=torch.long)
+    return asked.scatter(1, idx//(E//R), 1).sum(1)
 
-@mistake('engram_rows', 'each distance has a factor of its own, '
-    'or "dog bites man" finds the rows of "man bites dog"')
-def _one_factor(back, multipliers, sizes):
-    return _rows_by(back, multipliers[:1].expand_as(multipliers), sizes)
-
-@mistake('engram_rows', 'the tables lie one behind the other: add the sizes of those before')
-def _no_offsets(*args): return _rows_by(*args, behind=False)
-
-@mistake('engram_rows', 'all heads of the pairs come first, then all heads of the triples')
-def _in_turn(*args): return _rows_by(*args, step=2)
-
-@mistake('engram_rows', 'the first entry is the token itself: a pair is the first two entries')
-def _oldest_first(back, multipliers, sizes): return _rows_by(back.flip(-1), multipliers, sizes)
-
-@mistake('engram_rows', 'each head divides by its own prime: you used the first for all')
-def _one_prime(back, multipliers, sizes):
-    inside = _rows_by(back, multipliers, sizes[:1].expand_as(sizes), behind=False)
-    return inside+(sizes.cumsum(0)-sizes)
-
-# %% ../../nbs/appendix/95_exercises.ipynb #50510006
-def _saved_gigabytes(vectors=14-10, size=2, unit=1e9):
-    return vectors*5120*80*size*100_000/unit
-
-@prediction('onepass_saved', within=0.01)
-def _one_pass_for_two(): return _saved_gigabytes()
-
-@mistake('onepass_saved', 'the saving is what two passes move less what one pass moves')
-def _all_of_one_pass(): return _saved_gigabytes(10)
-
-@mistake('onepass_saved', 'a number has two bytes, and a block has two sublayers')
-def _a_byte_a_number(): return _saved_gigabytes(size=1)
-
-@mistake('onepass_saved', 'count in units of a thousand million bytes, not of 2^30')
-def _gibibytes(): return _saved_gigabytes(unit=2**30)
-
-# %% ../../nbs/appendix/95_exercises.ipynb #50510007
-def _sweep(X, y, pre, post, comb, fn, chunk, turned=False, old=(), whole=True):
-    "New streams, next input and two sums, chunk by chunk; what `old` names sees the old streams"
-    D = X.shape[-1]
-    new,u,dots,squares = [], [], 0, 0
-    for a in range(0, D if whole else D-chunk+1, chunk):
-        at = slice(a, a+chunk)
-        part = (comb if turned else comb.mT)@X[:,at]+post[:,None]*y[at]
-        def seen(by): return X[:,at] if by in old else part
-        new.append(part)
-        u.append(pre@seen('u'))
-        dots = dots+(fn[:,:,at]*seen('dots')).sum((1, 2))
-        squares = squares+seen('squares').square().sum()
-    return torch.cat(new, 1), torch.cat(u), dots, squares
-
-@exercise('one_pass', _sweep)
-def _streams_of_a_token(more):
-    N,D,n = 3+more, 7+2*more, 5+more
-    comb = randn(N, N).softmax(0)
-    return [(randn(N, D), randn(D), randn(N).sigmoid(), 2*randn(N).sigmoid(), comb,
-        randn(n, N, D), between(2, 4))]
-
-@mistake('one_pass', 'the sum over the streams runs over the first index of comb')
-def _comb_turned(*args): return _sweep(*args, turned=True)
-
-@mistake('one_pass', 'the next sublayer reads the new streams: weigh those with pre')
-def _reads_the_old(*args): return _sweep(*args, old=('u',))
-
-@mistake('one_pass', 'the next coefficients are predicted from the new streams')
-def _predicts_from_the_old(*args): return _sweep(*args, old=('dots','squares'))
-
-@mistake('one_pass', 'the last chunk may be shorter than the others, and counts as well')
-def _last_chunk_dropped(*args): return _sweep(*args, whole=False)
