@@ -1,0 +1,1 @@
+"""What came after DeepSeek-V4: parts exchanged, and the machinery around them"""
