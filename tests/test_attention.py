@@ -693,6 +693,7 @@ def test_the_table_of_one_kernel(seed):
     full = window_mask(*(torch.arange(T),)*2, W, docs).expand(len(ours[1]), -1, -1)
     for b,i,j in ours[1].nonzero(): assert full[b,128*i:128*(i+1),128*j:128*(j+1)].all() and 128*(j+1)<=T
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
 def test_the_table_of_one_kernel_compiled():
     torch._dynamo.reset()
