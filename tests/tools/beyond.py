@@ -167,7 +167,8 @@ def serial_lessons(whale, block, ids, docs, at, n=SPARK.drafts):
     for k in range(n):
         if k:
             told = whale.model.embed_tokens(cut(F.pad(ids, (0,n)), at+k, 1))
-            near = F.pad(seen & (torch.arange(W-1)>=k-1), (0,k), value=True)[:,None]
+            own = (torch.arange(k, 0, -1)<=W).expand(len(seen), -1)      # of drafts; the window moves on over both
+            near = torch.cat([seen & (torch.arange(W-1)>=k-1), own], 1)[:,None]
             rope = rope_cos_sin((at-1+k).repeat(len(ids))[:,None], whale.cfg.qk_rope_head_dim, whale.cfg.rope_theta)
             X,_ = block.streams(X, told, rope, near, keys)
         h.append(block.norm(block.hc_head(X)))
