@@ -1325,3 +1325,46 @@ def _across_documents(mtp, ids, docs):
 @mistake('second_guess', 'divide by the places that have a token after next, not by all')
 def _of_all_places(mtp, ids, docs):
     return _hits(mtp, _later(ids), _in_document(docs, _later(docs)), places=ids.numel())
+
+# %% ../../nbs/appendix/95_exercises.ipynb #55000002
+def _phrases(chances): return 1+chances[0]*(1+chances[1]*(1+chances[2]))
+
+@prediction('three_phrases', within=0.01)
+def _words_at_once(): return _phrases([1, 1/3, 1/3])
+
+@mistake('three_phrases',
+    'the second word must fit the first, which may begin any of three phrases: one in three does')
+def _told_the_word_before(): return _phrases([1, 1, 1])
+
+@mistake('three_phrases', 'the first draft is always kept: the trunk itself does not know which')
+def _first_by_chance(): return _phrases([1/3, 1/3, 1/3])
+
+@mistake('three_phrases', 'each round ends with a word of the trunk')
+def _without_the_last(): return _phrases([1, 1/3, 1/3])-1
+
+def _dropped(p, q, on, dropped=None, refused=True):
+    "What comes out if drafts of q without `on` are dropped after they were drawn"
+    keep = torch.minimum(p, q)
+    out = torch.where(on, keep, 0)
+    if refused: out = out+torch.where(on, q-keep, 0).sum(-1, keepdim=True)*residual(p, q)
+    lost = torch.where(on, 0, q).sum(-1, keepdim=True)
+    return out+lost*(p if dropped is None else dropped(p, q))
+
+@exercise('dropped', _dropped, uses=(residual,))
+def _drafts_and_choices(more):
+    p,q = randn(2, 3+more, 6+more).softmax(-1)
+    on = torch.rand(3+more, 6+more)<.5
+    on[:,0],on[:,1] = True,False
+    return [(p, q, on)]
+
+@mistake('dropped', 'nothing was refused where a draft was dropped: draw from p, not from the rest')
+def _dropped_as_refused(p, q, on): return _dropped(p, q, on, residual)
+
+@mistake('dropped', 'what is dropped is replaced by a draw from p: your chances do not sum to 1')
+def _dropped_and_gone(p, q, on): return _dropped(p, q, on, lambda p, q: 0*p)
+
+@mistake('dropped', 'a draft that is verified can still be refused: then the rest is drawn from')
+def _never_refused(p, q, on): return _dropped(p, q, on, refused=False)
+
+@mistake('dropped', 'that would be p itself: the choice is made after the draw, and it bends')
+def _as_if_planned(p, q, on): return p.clone()
