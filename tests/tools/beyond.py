@@ -2,7 +2,7 @@
 
     python tests/tools/beyond.py engram --plan      what is missing and what it will take
     python tests/tools/beyond.py engram             make it; the same command goes on after a stop
-    python tests/tools/beyond.py onepass --part 0/2 every second run, for one of two processes
+    python tests/tools/beyond.py onepass --part 0/2 every second run, for one of two processes (dspark: each trains the trunks anew)
 
 Runs are kept one by one in results/NAME.json (tests/tools/plans.py), and the chapters read them there by arm and seed.
 """
@@ -20,6 +20,8 @@ from nanowhale.model.hyper import HyperHead
 from nanowhale.train.loop import keep_freed_memory
 from plans import Run, go, options
 from beyond_csa2 import csa2
+from beyond_dspark import SPARK_TRUNK, dspark
+from beyond_indexer import indexer
 from beyond_lowbit import lowbit
 
 SEEDS = range(5)
@@ -117,10 +119,13 @@ def main():
         p.add_argument('--steps', type=int, default=steps, help=f'of each run; none: {steps}')
         options(p, f'results/{run.__name__}.json')
         p.set_defaults(run=run)
+        return p
     add(engram, 240)
     add(onepass, 150)
     add(csa2, 150)
     add(lowbit, 160)
+    add(dspark, 160).add_argument('--trunk', type=int, default=SPARK_TRUNK, help=f'steps of each trunk; none: {SPARK_TRUNK}')
+    add(indexer, 200)
     args = parser.parse_args()
     args.run(args)
 
