@@ -13,11 +13,11 @@ from nanowhale.train.optim import make_optimizers
 from nanowhale.train.recipe import get_recipe
 
 CFG = WhaleConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, layer_types=(CSA,HCA,CSA), num_attention_heads=4, head_dim=8,
-    qk_rope_head_dim=4, q_lora_rank=8, o_groups=2, o_lora_rank=5, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=2,
-    sliding_window=6, hc_mult=2, compress_rate_csa=4, compress_rate_hca=8, index_n_heads=3, index_head_dim=6, index_topk=2,
+    qk_rope_head_dim=4, q_lora_rank=8, o_groups=2, o_lora_rank=5, moe_intermediate_size=12, n_routed_experts=3, num_experts_per_tok=2,
+    sliding_window=6, hc_mult=2, hc_sinkhorn_iters=2, compress_rate_csa=4, compress_rate_hca=8, index_n_heads=3, index_head_dim=6, index_topk=2,
     num_nextn_predict_layers=0, max_position_embeddings=256, initializer_range=.3)
 RECIPE = get_recipe('tiny', steps=6, mtp_weight=0., balance_weight=.1)
-DENSE,WARMUP,SPARSE = v4_order(3, 3, 3)
+DENSE,WARMUP,SPARSE = v4_order(2, 2, 2)
 
 def batch(i, B=2, T=33):
     "Rows of two documents"
@@ -48,7 +48,8 @@ def test_each_stage_moves_its_branch_and_nothing_else(kernels, muon):
     for stage,may in ((DENSE, language), (WARMUP, mine), (SPARSE, language|mine)):
         before = state(whale)
         run(whale, opts, stage)
-        assert moved(before, state(whale))==may
+        got = moved(before, state(whale))
+        assert got<=may and all('correction_bias' in name for name in may-got)   # a bias may go up and down again
 
 def zeros(whale, opts):
     "Planted: gradients of zero where there should be none"
@@ -84,7 +85,7 @@ def test_the_language_model_takes_the_same_steps_whatever_its_indexers_learned()
         whale,opts = begin()
         run(whale, opts, *stages)
         return {name: t for name,t in state(whale).items() if '.indexer.' not in name}
-    assert not moved(language(DENSE._replace(steps=6)), language(DENSE, WARMUP, DENSE))
+    assert not moved(language(DENSE._replace(steps=4)), language(DENSE, WARMUP, DENSE))
     assert not moved(language(DENSE), language(DENSE._replace(indexer=True)))
 
 def test_a_warm_up_reads_ahead():
@@ -97,7 +98,7 @@ def test_text_without_an_entry_teaches_nothing():
     whale,opts = begin()
     before = state(whale)
     short = lambda i: {k: v[:,:3] for k,v in batch(i).items()}
-    assert [losses for _,losses in train_stages(whale, opts, short, RECIPE, (WARMUP,))]==[{}]*3
+    assert [losses for _,losses in train_stages(whale, opts, short, RECIPE, (WARMUP,))]==[{}]*2
     assert not moved(before, state(whale))
 
 def test_losses_of_a_stage():

@@ -51,7 +51,7 @@ def enter(
     for branch,params in branches(whale).items():
         for p in params: p.requires_grad_(getattr(stage, branch))
 
-# %% ../../nbs/6_beyond/57_indexer.ipynb #568ab23f
+# %% ../../nbs/6_beyond/57_indexer.ipynb #70ca603f
 def stage_losses(
     out,                       # a `WhaleOutput`
     stage:Stage,
@@ -64,6 +64,7 @@ def stage_losses(
     if stage.indexer and out.indexer_loss is not None: losses['indexer_loss'] = out.indexer_loss
     return losses
 
+# %% ../../nbs/6_beyond/57_indexer.ipynb #e91fdbbf
 def stage_step(
     whale,          # a `Whale` that has entered the stage
     opts:list,      # from `make_optimizers`
