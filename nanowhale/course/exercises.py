@@ -1341,7 +1341,8 @@ def _mean_of_shares(): return _hits_by_lot()
 @mistake('hits_by_lot', 'that is the last query: earlier ones choose from fewer entries')
 def _last_query(): return 16/256
 
-@mistake('hits_by_lot', 'a mean of shares is not a share of the mean: queries with few entries hit often')
+@mistake('hits_by_lot',
+    'a mean of shares is not a share of the mean: queries with few entries hit often')
 def _share_of_the_mean(): return _hits_by_lot(averaged=False)
 
 @mistake('hits_by_lot', 'queries with no more than k entries choose nothing: leave them out')
