@@ -5,7 +5,7 @@ from dataclasses import replace
 from unittest.mock import patch
 import pytest, torch
 from torch.testing import assert_close
-import beyond
+import beyond_dspark as beyond
 import nanowhale.beyond.dspark as ds
 import nanowhale.generate.speculate as spec
 from nanowhale.beyond.dspark import (BlockDrafter, DSpark, Drafted, SparkConfig, accepted, lessons, serial_flops, spark_flops, spark_loss,

@@ -1,27 +1,23 @@
 """Drafting in blocks beside serial drafting (nbs/6_beyond/55_dspark.ipynb); `beyond.py dspark` asks for it"""
-import argparse, time
+import time
 from dataclasses import replace
 from functools import cache, lru_cache, partial
-from itertools import product
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from torch import nn
 from nanowhale.beyond.dspark import BeforeBlock, BlockDrafter, DSpark, Lesson, SparkConfig, accepted, answers, cut, lessons, spark_loss, tapping
-from nanowhale.beyond.engram import Engram, EngramConfig, add_engram, smaller_vocabulary
-from nanowhale.beyond.onepass import one_pass
 from nanowhale.fast.kernels import use
 from nanowhale.generate.speculate import Drafter
-from nanowhale.lab.ablate import begin, material, setup, train_one, words
+from nanowhale.lab.ablate import begin, material, setup
 from nanowhale.lab.compare import start_by_name
 from nanowhale.model.config import CSA, HCA, SWA
-from nanowhale.model.hyper import HyperHead
 from nanowhale.model.mtp import MTPBlock, next_embeddings
 from nanowhale.model.rope import rope_cos_sin
 from nanowhale.model.visibility import views, whole_rows
 from nanowhale.model.whale import init_weights
 from nanowhale.train.loop import keep_freed_memory
 from nanowhale.train.optim import make_optimizers, schedule
-from plans import Run, go, options
+from plans import Run, go
 
 SEEDS = range(5)
 

@@ -1,21 +1,18 @@
 """How an indexer is taught (nbs/6_beyond/57_indexer.ipynb); `beyond.py indexer` asks for it"""
-import argparse, time
+import time
 from functools import cache, partial
 from itertools import product
 import torch
-from nanowhale.beyond.engram import Engram, EngramConfig, add_engram, smaller_vocabulary
-from nanowhale.beyond.onepass import one_pass
 from nanowhale.beyond.indexer import entry_weights, recall_of, share_weights, stage_step, enter, teach, train_stages, v4_order
 from nanowhale.fast.kernels import use
-from nanowhale.lab.ablate import begin, material, setup, train_one, words
+from nanowhale.lab.ablate import material, setup
 from nanowhale.lab.compare import start_by_name
 from nanowhale.model.compress import far_sums
 from nanowhale.model.config import CSA, SWA
-from nanowhale.model.hyper import HyperHead
 from nanowhale.model.whale import Whale
 from nanowhale.train.loop import keep_freed_memory
 from nanowhale.train.optim import make_optimizers
-from plans import Run, go, options
+from plans import Run, go
 
 SEEDS = range(5)
 

@@ -21,6 +21,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
+from nanowhale.beyond.indexer import judged, recall_of
 from nanowhale.presets import cache_bytes, layer_flops, nanowhale_v4
 from nanowhale.model.compress import CompressedAttention, choose
 from nanowhale.model.whale import Whale
@@ -65,30 +66,9 @@ def accuracy(whale, T, rng, rows=192):
     among = lambda a, b: (labels[:,1:]>=0) & (far[:,1:]>=a) & (far[:,1:]<b)
     return [round(right[among(a, b)].float().mean().item(), 4) for a,b in zip(EDGES, EDGES[1:])]
 
-def judged(layer, x, rope, blocks):
-    "What a layer's indexer thinks of all entries"
-    indexer = layer.compressor.indexer
-    return indexer.scores(x, layer.low_rank(x), indexer(x, blocks), rope)
-
-def index_recall(scores, target, seen, k):
-    "Of the weight that the k best entries hold, the share that the chosen ones hold; over queries with more than k to choose from"
-    many = (seen.sum(-1)>k).expand(target.shape[:2])
-    def held(x): return (target*choose(x, seen, k)).sum(-1)[many].sum()
-    return (held(scores)/held(target)).item()
-
-@torch.no_grad()
 def recall_of_indexer(whale, ids):
-    "`index_recall` of every indexer, judged by what attention does while it sees all entries"
-    found = []
-    def judge(layer, args, out):
-        x,rope,blocks = args[:3]
-        q,kv,far = layer.query(x, *rope),layer.latent(x, *rope),layer.compressor(x, blocks)
-        seen = blocks.seen.expand(len(x), -1, -1)
-        _,lse = layer.attend(q, kv, layer.sinks, blocks.window, far, seen)
-        found.append(index_recall(judged(layer, x, rope, blocks), layer.far_weights(q, far, lse, seen), seen, layer.compressor.indexer.topk))
-    hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention) and m.compressor.indexer]
-    whale(ids, sparse=False).logits
-    for h in hooks: h.remove()
+    "Of the weight that the best entries hold, the share that the indexers' picks hold, mean over layers"
+    found = [held for held,_ in recall_of(whale, dict(input_ids=ids))]
     return round(sum(found)/len(found), 4) if found else None
 
 def fit(whale, rows, steps, dense=0.5, lr=4e-3, muon_lr=1e-2):
@@ -187,7 +167,7 @@ def look(folder):
         w = comp.weigh(comp.slots_of(comp.project(x), blocks), blocks.first)[1][0,1:]      # [C,slots,W], without the block that has none before it
         row = dict(layer=i, kind=comp.indexer and 'csa' or 'hca', ends=blocks.ends[0].tolist(),
             slots=[round(v, 3) for v in w.mean((0,2)).tolist()], channels=[[round(v, 2) for v in c] for c in w.mean(0).T[:16].tolist()])
-        if comp.indexer: row['chosen'] = choose(judged(layer, x, rope, blocks), blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
+        if comp.indexer: row['chosen'] = choose(judged(layer, x, rope, blocks)[0], blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
         rows.append(row)
     hooks = [m.register_forward_hook(judge) for m in whale.modules() if isinstance(m, CompressedAttention)]
     whale(ids).logits
