@@ -1329,109 +1329,6 @@ def _across_documents(mtp, ids, docs):
 def _of_all_places(mtp, ids, docs):
     return _hits(mtp, _later(ids), _in_document(docs, _later(docs)), places=ids.numel())
 
-# %% ../../nbs/appendix/95_exercises.ipynb #57570001
-from ..model.compress import far_sums
-
-# %% ../../nbs/appendix/95_exercises.ipynb #57570002
-def _hits_by_lot(T=1024, m=4, k=16, averaged=True):
-    "Mean over the queries that choose of k over the entries they choose from"
-    n = [(t+1)//m for t in range(T) if (t+1)//m>k]
-    return sum(k/c for c in n)/len(n) if averaged else k/(sum(n)/len(n))
-
-@prediction('hits_by_lot', within=0.02)
-def _mean_of_shares(): return _hits_by_lot()
-
-@mistake('hits_by_lot', 'that is the last query: earlier ones choose from fewer entries')
-def _last_query(): return 16/256
-
-@mistake('hits_by_lot',
-    'a mean of shares is not a share of the mean: queries with few entries hit often')
-def _share_of_the_mean(): return _hits_by_lot(averaged=False)
-
-@mistake('hits_by_lot', 'queries with no more than k entries choose nothing: leave them out')
-def _all_queries():
-    n = [(t+1)//4 for t in range(3, 1024)]
-    return sum(min(1, 16/c) for c in n)/len(n)
-
-# %% ../../nbs/appendix/95_exercises.ipynb #57570003
-def _loudest(z, seen, over=lambda p: p.amax(2), first=None):
-    "What the loudest head gave to each entry, summing to one; `over` unites heads"
-    p = z.exp().masked_fill(~seen[:,:,None], 0)
-    if first: p = first(p)
-    p = over(p)
-    return p/p.sum(-1, keepdim=True).clamp(min=1e-20)
-
-def _loudest_head(q, far, lse, seen, scale=True, sink=True, **how):
-    z = torch.einsum('bthk,bck->bthc', q, far)*(q.shape[-1]**-.5 if scale else 1)
-    return _loudest(z-lse[...,None] if sink else z, seen, **how)
-
-@exercise('loudest_head', _loudest_head, uses=(far_sums,))
-def _layer_of_heads(more):
-    B,T,H,C,K = 2+more, 9+more, 3+more, 5+more, 4+more
-    seen = torch.arange(C)*2+1<=torch.arange(T)[:,None]
-    lse = 2*randn((B, T, H))+2
-    return [(randn((B, T, H, K)), 1.5*randn((B, C, K)), lse, seen.expand(B, T, C))]
-
-@mistake('loudest_head', 'that is the sum over heads: take the largest')
-def _sum_of_heads(*args): return _loudest_head(*args, over=lambda p: p.sum(2))
-
-@mistake('loudest_head', 'you divided in every head before looking for the loudest: '
-    'a head that reads its window would shout as loud as any')
-def _divided_first(*args):
-    return _loudest_head(*args, first=lambda p: p/p.sum(-1, keepdim=True).clamp(min=1e-20))
-
-@mistake('loudest_head', 'without the log-sum-exp you do not know what a head gave away elsewhere')
-def _without_lse(*args): return _loudest_head(*args, sink=False)
-
-@mistake('loudest_head', 'products of queries and entries are divided by the root of K')
-def _unscaled(*args): return _loudest_head(*args, scale=False)
-
-@mistake('loudest_head', 'a query sees only entries that are complete: mask the others')
-def _all_entries(q, far, lse, seen): return _loudest_head(q, far, lse, torch.ones_like(seen))
-
-# %% ../../nbs/appendix/95_exercises.ipynb #55000002
-def _phrases(chances): return 1+chances[0]*(1+chances[1]*(1+chances[2]))
-
-@prediction('three_phrases', within=0.01)
-def _words_at_once(): return _phrases([1, 1/3, 1/3])
-
-@mistake('three_phrases',
-    'the second word must fit the first, which may begin any of three phrases: one in three does')
-def _told_the_word_before(): return _phrases([1, 1, 1])
-
-@mistake('three_phrases', 'the first draft is always kept: the trunk itself does not know which')
-def _first_by_chance(): return _phrases([1/3, 1/3, 1/3])
-
-@mistake('three_phrases', 'each round ends with a word of the trunk')
-def _without_the_last(): return _phrases([1, 1/3, 1/3])-1
-
-def _dropped(p, q, on, dropped=None, refused=True):
-    "What comes out if drafts of q without `on` are dropped after they were drawn"
-    keep = torch.minimum(p, q)
-    out = torch.where(on, keep, 0)
-    if refused: out = out+torch.where(on, q-keep, 0).sum(-1, keepdim=True)*residual(p, q)
-    lost = torch.where(on, 0, q).sum(-1, keepdim=True)
-    return out+lost*(p if dropped is None else dropped(p, q))
-
-@exercise('dropped', _dropped, uses=(residual,))
-def _drafts_and_choices(more):
-    p,q = randn(2, 3+more, 6+more).softmax(-1)
-    on = torch.rand(3+more, 6+more)<.5
-    on[:,0],on[:,1] = True,False
-    return [(p, q, on)]
-
-@mistake('dropped', 'nothing was refused where a draft was dropped: draw from p, not from the rest')
-def _dropped_as_refused(p, q, on): return _dropped(p, q, on, residual)
-
-@mistake('dropped', 'what is dropped is replaced by a draw from p: your chances do not sum to 1')
-def _dropped_and_gone(p, q, on): return _dropped(p, q, on, lambda p, q: 0*p)
-
-@mistake('dropped', 'a draft that is verified can still be refused: then the rest is drawn from')
-def _never_refused(p, q, on): return _dropped(p, q, on, refused=False)
-
-@mistake('dropped', 'that would be p itself: the choice is made after the draw, and it bends')
-def _as_if_planned(p, q, on): return p.clone()
-
 # %% ../../nbs/appendix/95_exercises.ipynb #50510001
 from ..beyond.engram import ngram_rows
 
@@ -1636,6 +1533,49 @@ def _writes_like_reading(prompt, reply, read, write, W):
 def _replayed_twice(prompt, reply, read, write, W):
     return _mean_cost(prompt, reply, read, write, W)+min(prompt, W)*read/(prompt+reply)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #55000002
+def _phrases(chances): return 1+chances[0]*(1+chances[1]*(1+chances[2]))
+
+@prediction('three_phrases', within=0.01)
+def _words_at_once(): return _phrases([1, 1/3, 1/3])
+
+@mistake('three_phrases',
+    'the second word must fit the first, which may begin any of three phrases: one in three does')
+def _told_the_word_before(): return _phrases([1, 1, 1])
+
+@mistake('three_phrases', 'the first draft is always kept: the trunk itself does not know which')
+def _first_by_chance(): return _phrases([1/3, 1/3, 1/3])
+
+@mistake('three_phrases', 'each round ends with a word of the trunk')
+def _without_the_last(): return _phrases([1, 1/3, 1/3])-1
+
+def _dropped(p, q, on, dropped=None, refused=True):
+    "What comes out if drafts of q without `on` are dropped after they were drawn"
+    keep = torch.minimum(p, q)
+    out = torch.where(on, keep, 0)
+    if refused: out = out+torch.where(on, q-keep, 0).sum(-1, keepdim=True)*residual(p, q)
+    lost = torch.where(on, 0, q).sum(-1, keepdim=True)
+    return out+lost*(p if dropped is None else dropped(p, q))
+
+@exercise('dropped', _dropped, uses=(residual,))
+def _drafts_and_choices(more):
+    p,q = randn(2, 3+more, 6+more).softmax(-1)
+    on = torch.rand(3+more, 6+more)<.5
+    on[:,0],on[:,1] = True,False
+    return [(p, q, on)]
+
+@mistake('dropped', 'nothing was refused where a draft was dropped: draw from p, not from the rest')
+def _dropped_as_refused(p, q, on): return _dropped(p, q, on, residual)
+
+@mistake('dropped', 'what is dropped is replaced by a draw from p: your chances do not sum to 1')
+def _dropped_and_gone(p, q, on): return _dropped(p, q, on, lambda p, q: 0*p)
+
+@mistake('dropped', 'a draft that is verified can still be refused: then the rest is drawn from')
+def _never_refused(p, q, on): return _dropped(p, q, on, refused=False)
+
+@mistake('dropped', 'that would be p itself: the choice is made after the draw, and it bends')
+def _as_if_planned(p, q, on): return p.clone()
+
 # %% ../../nbs/appendix/95_exercises.ipynb #56000002
 from ..beyond.lowbit import E2M1, E4M3, ENTRY4, Format, nearest
 
@@ -1693,6 +1633,66 @@ def _one_for_the_row(x): return _blocks_of(x, x.shape[-1], _fp8_scale)
 
 @mistake('entry_fp4', 'a block of zeros has a scale, too: it is at least 2^-9')
 def _no_floor(x): return _blocks_of(x, 16, lambda a: nearest(a/6, E4M3))
+
+# %% ../../nbs/appendix/95_exercises.ipynb #57570001
+from ..model.compress import far_sums
+
+# %% ../../nbs/appendix/95_exercises.ipynb #57570002
+def _hits_by_lot(T=1024, m=4, k=16, averaged=True):
+    "Mean over the queries that choose of k over the entries they choose from"
+    n = [(t+1)//m for t in range(T) if (t+1)//m>k]
+    return sum(k/c for c in n)/len(n) if averaged else k/(sum(n)/len(n))
+
+@prediction('hits_by_lot', within=0.02)
+def _mean_of_shares(): return _hits_by_lot()
+
+@mistake('hits_by_lot', 'that is the last query: earlier ones choose from fewer entries')
+def _last_query(): return 16/256
+
+@mistake('hits_by_lot',
+    'a mean of shares is not a share of the mean: queries with few entries hit often')
+def _share_of_the_mean(): return _hits_by_lot(averaged=False)
+
+@mistake('hits_by_lot', 'queries with no more than k entries choose nothing: leave them out')
+def _all_queries():
+    n = [(t+1)//4 for t in range(3, 1024)]
+    return sum(min(1, 16/c) for c in n)/len(n)
+
+# %% ../../nbs/appendix/95_exercises.ipynb #57570003
+def _loudest(z, seen, over=lambda p: p.amax(2), first=None):
+    "What the loudest head gave to each entry, summing to one; `over` unites heads"
+    p = z.exp().masked_fill(~seen[:,:,None], 0)
+    if first: p = first(p)
+    p = over(p)
+    return p/p.sum(-1, keepdim=True).clamp(min=1e-20)
+
+def _loudest_head(q, far, lse, seen, scale=True, sink=True, **how):
+    z = torch.einsum('bthk,bck->bthc', q, far)*(q.shape[-1]**-.5 if scale else 1)
+    return _loudest(z-lse[...,None] if sink else z, seen, **how)
+
+@exercise('loudest_head', _loudest_head, uses=(far_sums,))
+def _layer_of_heads(more):
+    B,T,H,C,K = 2+more, 9+more, 3+more, 5+more, 4+more
+    seen = torch.arange(C)*2+1<=torch.arange(T)[:,None]
+    lse = 2*randn((B, T, H))+2
+    return [(randn((B, T, H, K)), 1.5*randn((B, C, K)), lse, seen.expand(B, T, C))]
+
+@mistake('loudest_head', 'that is the sum over heads: take the largest')
+def _sum_of_heads(*args): return _loudest_head(*args, over=lambda p: p.sum(2))
+
+@mistake('loudest_head', 'you divided in every head before looking for the loudest: '
+    'a head that reads its window would shout as loud as any')
+def _divided_first(*args):
+    return _loudest_head(*args, first=lambda p: p/p.sum(-1, keepdim=True).clamp(min=1e-20))
+
+@mistake('loudest_head', 'without the log-sum-exp you do not know what a head gave away elsewhere')
+def _without_lse(*args): return _loudest_head(*args, sink=False)
+
+@mistake('loudest_head', 'products of queries and entries are divided by the root of K')
+def _unscaled(*args): return _loudest_head(*args, scale=False)
+
+@mistake('loudest_head', 'a query sees only entries that are complete: mask the others')
+def _all_entries(q, far, lse, seen): return _loudest_head(q, far, lse, torch.ones_like(seen))
 
 # %% ../../nbs/appendix/95_exercises.ipynb #58e00002
 def _traffic(k=6, ways=2, passes=2, share=63/64):
