@@ -36,3 +36,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for flag in set(FLAGS)-set(config.getoption('--flags').split()):
             if flag in item.keywords: item.add_marker(pytest.mark.skip(reason=f'needs --flags {flag}'))
+
+@pytest.fixture
+def one_thread():
+    "Toys are too small to share between threads, which also cut products into pieces of other sizes"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

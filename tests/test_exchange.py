@@ -19,13 +19,7 @@ from runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Threads would cut products into pieces of other sizes"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 # ---------------------------------------------------------------- processes that are threads
 

@@ -14,13 +14,7 @@ from test_parity import no_downcast
 
 BIAS = 'gate.e_score_correction_bias'
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "The toys are too small to share between threads"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(params=KERNELS)
 def each_set(request, monkeypatch):
