@@ -19,6 +19,7 @@ from nanowhale.model.attention import attend
 from nanowhale.model.compress import CompressedAttention, choose
 from nanowhale.model.visibility import far_rope, whole_rows
 from nanowhale.model.whale import Whale
+from nanowhale.train.data import train_tokenizer
 from nanowhale.train.step import add_gradients, n_queries
 from nanowhale.generate import cache as caches
 from nanowhale.generate.cache import Cache
@@ -460,6 +461,14 @@ def test_a_table_that_names_no_expert_is_refused():
 def test_the_whole_of_v4_has_the_size_that_transformers_counts():
     with torch.device('meta'): whale = Whale(replace(nanowhale_v4(), num_nextn_predict_layers=0))
     assert sum(p.numel() for p in whale.parameters())==111_463_221
+
+def test_what_a_trained_whale_looks_at(tmp_path):
+    tok = train_tokenizer([recall.TEXT*9], 270)
+    Whale(recall.config('all', len(tok))).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    found = recall.look(tmp_path)
+    assert [(r['layer'], r['kind'], len(r['slots'])) for r in found['layers']]==[(1, 'csa', 4), (2, 'hca', 4)]
+    assert len(found['layers'][0]['chosen'])==4 and all(abs(sum(r['slots'])-1)<.01 for r in found['layers'])
 
 def test_what_the_recall_task_asks_can_be_known_and_its_distance_is_the_shortest():
     ids,labels,far = (x.tolist() for x in recall.stream(8, 128, random.Random(3), 2))

@@ -164,7 +164,7 @@ def look(folder):
     def judge(layer, args, out):
         x,rope,blocks = args[:3]
         comp,i = layer.compressor,int([n for n,m in whale.named_modules() if m is layer][0].split('.')[2])
-        w = comp.weigh(comp.slots_of(comp.project(x), blocks), blocks.first)[1][0,1:]      # [C,slots,W], without the block that has none before it
+        w = comp.weigh(x, blocks)[1][0,1:]      # [C,slots,W], without the block that has none before it
         row = dict(layer=i, kind=comp.indexer and 'csa' or 'hca', ends=blocks.ends[0].tolist(),
             slots=[round(v, 3) for v in w.mean((0,2)).tolist()], channels=[[round(v, 2) for v in c] for c in w.mean(0).T[:16].tolist()])
         if comp.indexer: row['chosen'] = choose(judged(layer, x, rope, blocks)[0], blocks.seen, comp.indexer.topk)[0,-1].nonzero()[:,0].tolist()
