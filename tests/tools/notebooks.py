@@ -1,14 +1,15 @@
 """Execute the course's notebooks in fresh processes, keep their stored outputs true, and make README.md.
 
-    python tests/tools/notebooks.py run [FILES]     execute, store the outputs, clean; a second run changes nothing
+    python tests/tools/notebooks.py run [FILES]     execute, store the outputs, clean; a second run executes nothing
     python tests/tools/notebooks.py check [FILES]   execute, write nothing, fail where a stored output is stale
     python tests/tools/notebooks.py readme          make README.md (and nbs/images/) from nbs/index.ipynb; --check compares
 
-Without FILES, every notebook under `nbs/` is meant. Each runs in a process of its own (where the system can, a fork of one
-that has imported what takes seconds), in its folder, under the environment `ENV`, so that nothing leaks from one to the next
-and no graphics card or network is ever used. Cells marked `#| eval: false`, or with a flag that `tst_flags` of settings.ini
-names, are skipped and keep their outputs (`--flags slow` runs them); so are notebooks whose front matter says
-`skip_exec: true`, as in nbdev_test.
+Without FILES, those notebooks under `nbs/` are meant whose code, modules, results or versions have changed since `run` stored
+their outputs (tests/tools/inputs.py; the digest of these stands in a notebook's metadata); with `--all`, every one. Each runs
+in a process of its own (where the system can, a fork of one that has imported what takes seconds), in its folder, under the
+environment `ENV`, so that nothing leaks from one to the next and no graphics card or network is ever used. Cells marked
+`#| eval: false`, or with a flag that `tst_flags` of settings.ini names, are skipped and keep their outputs (`--flags slow` runs
+them); so are notebooks whose front matter says `skip_exec: true`, as in nbdev_test.
 
 What counts as stale: text must be equal to the letter, so a notebook rounds what it prints. Figures, drawn on white,
 may differ by `MEAN` in the mean over pixels and colour channels and by `MOST` in any one of them, of 255. Measured on
@@ -18,6 +19,7 @@ of kernels to the processor, or to the caller's environment: what goes stale the
 """
 import argparse, base64, io, json, multiprocessing, multiprocessing.connection, os, platform, re, subprocess, sys, tempfile, time
 from pathlib import Path
+import inputs
 from runs import preload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,8 @@ ENV = dict(
 if platform.machine() in ('x86_64', 'AMD64'):   # the same floating-point sums on every processor of this kind
     KERNELS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
 else: KERNELS = {}
+
+def fresh(nb): return nb['metadata'].get('inputs')==inputs.digest(nb, ENV | KERNELS)   # nb: as JSON
 
 # ---------------------------------------------------------------- in the child: one notebook, executed
 
@@ -53,6 +57,8 @@ def execute(path, dst, allow):
     flags = set(cfg.tst_flags.split()) - set(allow)
     front = NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_
     shell = CaptureShell(path, mpl_format='png')
+    known = inputs.files(json.loads(Path(path).read_text(encoding='utf-8')))
+    read = inputs.watch()
     for i,cell in enumerate(nb.cells):
         if skipped(cell, flags) or str(front.get('skip_exec', False)).lower()=='true': continue
         shell._cell_idx = i+1   # for prettytb
@@ -63,6 +69,8 @@ def execute(path, dst, allow):
         shown = json.dumps([v for k,v in parts(cell.outputs) if not k.startswith('image')])
         if found := [p for p in (str(ROOT), 'site-packages', tempfile.gettempdir()+'/') if p in shown]:
             sys.exit(f'{where(path, i, cell)}: the output holds a path of this machine ({found[0]})')
+    if more := sorted(p.relative_to(ROOT).as_posix() for p in read()-known):
+        sys.exit(f'{path.name} has read {more[0]}, which tests/tools/inputs.py does not count among its inputs')
     clean_nb(nb, False, cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split(), cfg.clean_ids)
     write_nb(nb, dst)
 
@@ -169,7 +177,9 @@ def work(files, mode, flags, jobs, exact, timeout, native=False):
             old,new = json.loads(before), json.loads(after)
             if mode=='check': problems = list(stale(old, new, path, exact))
             elif path.read_text(encoding='utf-8')!=before: problems = ['edited while it ran, so nothing was stored: run it again']
-            else: path.write_text(json.dumps(keep_equal_pictures(old, new), sort_keys=True, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+            else:
+                new['metadata']['inputs'] = inputs.digest(new, ENV | KERNELS)
+                path.write_text(json.dumps(keep_equal_pictures(old, new), sort_keys=True, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
         failed += bool(problems)
         print(f'{secs:6.1f} s  {path.name}  {"FAILED" if problems else "ok"}', *problems, sep='\n    ', flush=True)
     print(f'{time.time()-start:6.1f} s  {len(files)} notebooks, {failed} failed')
@@ -218,7 +228,8 @@ def main():
     if sys.argv[1:2]==['_serve']: return serve(*sys.argv[2:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('mode', choices=['run', 'check', 'readme'])
-    p.add_argument('files', nargs='*', type=Path, help='notebooks (default: all of nbs/)')
+    p.add_argument('files', nargs='*', type=Path, help='notebooks (default: those of nbs/ whose inputs have changed)')
+    p.add_argument('--all', action='store_true', help='every notebook of nbs/')
     p.add_argument('--check', action='store_true', help='readme: compare only')
     p.add_argument('--flags', default='', help='tst_flags whose cells run too, separated by spaces')
     p.add_argument('--jobs', type=int, default=1, help='notebooks at a time (default: 1)')
@@ -228,8 +239,9 @@ def main():
     a = p.parse_args()
     if a.mode=='readme': sys.exit(bool(write_readme(a.check)))
     files = [f.resolve() for f in a.files] or sorted(NBS.rglob('[!.]*.ipynb'))
+    if not (a.files or a.all or a.flags or a.native): files = [f for f in files if not fresh(json.loads(f.read_text(encoding='utf-8')))]
     if a.native and a.mode=='run': p.error('--native is for check: what is stored is made with the kernels that every processor has')
-    if missing := [f for f in files or [NBS/'*.ipynb'] if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
+    if missing := [f for f in files if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
     sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout, a.native)))
 
 if __name__=='__main__': main()
