@@ -176,25 +176,27 @@ class EngramBlock(Block):
         super().__init__(cfg, *cfg.kinds[layer])
         self.engram = Engram(cfg, e, layer, smaller)
 
-    def forward(self, X, rope, mask, cache=None, ids=None):   # as for `Block`
+    def forward(self, X, *rest):   # as for `Block`: a cache or None, and the tokens, come last
+        *_,cache,ids = rest
         past = None
         if cache is not None:
             past = getattr(cache, 'ids', ids)[:,:cache.length]   # without what was taken back
             cache.ids = torch.cat([past, ids], 1)
-        return super().forward(self.engram(X, ids, past), rope, mask, cache, ids)
+        return super().forward(self.engram(X, ids, past), *rest)
 
 def add_engram(
     whale,                     # a `Whale`; is changed in place
     e:EngramConfig,
     smaller:Tensor|None=None,  # [V] from `smaller_vocabulary`; None: every id for itself
+    kind:type=EngramBlock,     # of the blocks that get a table
 ):                             # -> the whale
-    "Put a table before some blocks; all that was there keeps its name and its weights"
+    "Put a table before some blocks; all parts that were there stay"
     blocks = whale.model.layers
     if max(e.layers)>=len(blocks):
         raise ValueError(f'engram layers {e.layers}: this whale has {len(blocks)} blocks')
     for layer in e.layers:
-        block = EngramBlock(whale.cfg, e, layer, smaller)
-        block.load_state_dict(blocks[layer].state_dict(), strict=False)
+        block = kind(whale.cfg, e, layer, smaller)
+        for name,part in blocks[layer].named_children(): setattr(block, name, part)
         blocks[layer] = block.to(whale.lm_head.weight.device)
     return whale
 

@@ -83,10 +83,11 @@ class LastRows(nn.Module):
         "The window, as far as it lies within these rows"
         return window_mask(pos, k_pos, self.window) & (k_pos>=pos[0])
 
-    def forward(self, X, rope, view, cache=None, ids=None):
-        "As a `Block`, with streams [B,n,N,D] of the last n rows"
+    def forward(self, X, *rest):
+        "As the block in it, with streams [B,n,N,D] of the last n rows"
+        *pre,rope,view,cache,ids = rest      # some blocks are handed a `pre` [B,T,N] as well
         T,n = rope[0].shape[-2], min(self.rows, X.shape[1])
-        if n==T: return self.block(X, rope, view, cache, ids)
+        if n==T: return self.block(X, *rest)
         if cache is not None: skip(cache, T-n, (len(X), self.block.self_attn.head_dim), X)
         start = T-n if cache is None else cache.length
         pos = torch.arange(start, start+n, device=X.device)
@@ -95,7 +96,8 @@ class LastRows(nn.Module):
         shared.picks = shared.picks[:,-n:]
         if shared.candidates is not None: shared.candidates = shared.candidates[:,-n:]
         last = View(blocks._replace(window=self.sees(pos, k_pos), seen=blocks.seen[:,-n:]), shared)
-        return self.block(X[:,-n:], [a[...,-n:,:] for a in rope], last, cache, ids[:,-n:])
+        X,*pre = (x[:,-n:] for x in (X, *pre))
+        return self.block(X, *pre, [a[...,-n:,:] for a in rope], last, cache, ids[:,-n:])
 
 # %% ../../nbs/6_beyond/53_halves.ipynb #ae7f29d0
 @contextmanager

@@ -1533,6 +1533,63 @@ def _writes_like_reading(prompt, reply, read, write, W):
 def _replayed_twice(prompt, reply, read, write, W):
     return _mean_cost(prompt, reply, read, write, W)+min(prompt, W)*read/(prompt+reply)
 
+# %% ../../nbs/appendix/95_exercises.ipynb #54000002
+def _unshared(layers=18/2+20, width=512+128): return int(layers*width)
+
+@prediction('unshared', within=0)
+def _own_sources(): return _unshared()
+
+@mistake('unshared', 'in layers 2 to 19 two tokens share an entry')
+def _an_entry_a_token(): return _unshared(38)
+
+@mistake('unshared', 'layers 0 and 1 keep a window alone, and windows do not grow')
+def _all_forty(): return _unshared(20/2+20)
+
+@mistake('unshared', 'every entry has an index key of 128 numbers, too')
+def _without_keys(): return _unshared(width=512)
+
+def _latest(owners, i):
+    before = [j for j in owners if j<=i]
+    return max(before) if before else None
+
+def _roles(ratios, makers, pickers):
+    return [(_latest(makers, i), _latest(pickers, i)) if r else (None, None)
+        for i,r in enumerate(ratios)]
+
+@exercise('roles', _roles)
+def _stacks(more):
+    found = []
+    for _ in range(3):
+        near,n = between(1, 3), between(8, 11)+more
+        second = near+between(3, 5)
+        pickers = sorted({near, second, near+2, between(second+1, n)})
+        ratios = [0]*near+[2]*(second-near)+[1]*(n-second)
+        found.append((ratios, [near, second], pickers))
+    return found
+
+@mistake('roles', 'a layer that makes publishes before it reads: it reads its own')
+def _reads_the_one_before(ratios, makers, pickers):
+    def latest(owners, i): return _latest(owners, i-1) if _latest(owners, i-1) is not None else i
+    return [(latest(makers, i), _latest(pickers, i)) if r else (None, None)
+        for i,r in enumerate(ratios)]
+
+@mistake('roles', 'a layer with its window alone reads nobody, wherever it stands')
+def _no_windows(ratios, makers, pickers):
+    first = makers[0],pickers[0]
+    return [(_latest(makers, i), _latest(pickers, i)) if i>=makers[0] else first
+        for i,r in enumerate(ratios)]
+
+@mistake('roles', 'picks come from the last layer that picks, and need not be of the maker')
+def _picks_of_the_maker(ratios, makers, pickers):
+    return [(_latest(makers, i), _latest(makers, i)) if r else (None, None)
+        for i,r in enumerate(ratios)]
+
+@mistake('roles', 'what a later layer makes is not there yet: look back, not ahead')
+def _looks_ahead(ratios, makers, pickers):
+    def nearest(owners, i): return min(owners, key=lambda j: (abs(j-i), -j))
+    return [(nearest(makers, i), nearest(pickers, i)) if r else (None, None)
+        for i,r in enumerate(ratios)]
+
 # %% ../../nbs/appendix/95_exercises.ipynb #55000002
 def _phrases(chances): return 1+chances[0]*(1+chances[1]*(1+chances[2]))
 

@@ -23,6 +23,7 @@ from beyond_csa2 import csa2
 from beyond_dspark import SPARK_TRUNK, dspark
 from beyond_indexer import indexer
 from beyond_lowbit import lowbit
+from beyond_small import small
 
 SEEDS = range(5)
 
@@ -126,6 +127,7 @@ def main():
     add(lowbit, 160)
     add(dspark, 160).add_argument('--trunk', type=int, default=SPARK_TRUNK, help=f'steps of each trunk; none: {SPARK_TRUNK}')
     add(indexer, 200)
+    add(small, 170)
     args = parser.parse_args()
     args.run(args)
 
