@@ -227,7 +227,8 @@ def main():
     define = ['-D', 'mathjax_path=mathjax/tex-chtml-full.js', '-D', f'html_static_path={SITE/"static"},{WORK/"static"}'] if not a.cdn else []
     html = WORK/'html'   # not at once to _site/: myst-nb leaves a folder beside it
     shutil.rmtree(html, ignore_errors=True)
-    if failed := sphinx(['-q', '-W', '--keep-going', '-E', '-j', 'auto', '-c', str(SITE), '-d', str(WORK/'doctrees'), *define, str(SRC), str(html)]): return failed
+    options = ['-q', '-W', '--keep-going', '-E', '-j', 'auto', '-c', str(SITE), '-d', str(WORK/'doctrees'), *define]
+    if failed := sphinx([*options, str(SRC), str(html)]): return failed
     shutil.move(html, OUT)
     add_explorers(a.hasty)
     write_notebooks(OUT/'notebooks')
