@@ -7,7 +7,8 @@ def notebook(*cells): return dict(cells=[dict(cell_type='code', source=c, metada
     for i,c in enumerate(cells)], metadata={}, nbformat=4, nbformat_minor=5)
 
 FILES = {
-    'nanowhale/__init__.py': 'from nanowhale import moved\n', 'nanowhale/moved.py': "PUBLIC = {'part.Whale': 'part.whale'}\n",
+    'nanowhale/__init__.py': 'from nanowhale import moved\n', 'nanowhale/last.py': '',
+    'nanowhale/moved.py': "PUBLIC = {'part.Whale': 'part.whale'}\nMOVED = {'part': 'part.whale last'}\n",
     'nanowhale/part/__init__.py': '', 'nanowhale/part/whale.py': "from .plain import norm\nsave = later('files.save')\nclass Whale: pass\n",
     'nanowhale/part/plain.py': '# %% ../../nbs/1_part/01_plain.ipynb\ndef norm(x): return x\n', 'nanowhale/files.py': 'def save(x): pass\n',
     'nanowhale/other.py': 'from .part import plain\n', 'nbs/1_part/01_plain.ipynb': '{}', 'tests/tools/cut.py': '',
@@ -22,21 +23,24 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, 'ROOT', tmp_path)
     monkeypatch.setattr(inputs, 'version', dict(torch='2.0+cpu').__getitem__)
     def seen(*cells, env='1'):
-        for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.public): f.cache_clear()
+        for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.moved): f.cache_clear()
         return inputs.digest(notebook(*cells), dict(A=env))
     yield tmp_path, seen
     monkeypatch.undo()
-    for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.public): f.cache_clear()
+    for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.moved): f.cache_clear()
 
 USES = dict(
     module='from nanowhale.part.whale import Whale', package='from nanowhale.part import Whale', whole='import nanowhale.part.whale as w',
-    result="read('../../results/a.json')", folder="read(f'../../results/{name}.json')", process='import subprocess', own='x = 1')
+    lookup='from nanowhale.part import plain', result="read('../../results/a.json')", folder="read(f'../../results/{name}.json')",
+    process='import subprocess', own='x = 1')
 
 @pytest.mark.parametrize('use,file,counts', [
     ('module', 'nanowhale/part/whale.py', True), ('module', 'nanowhale/part/plain.py', True), ('module', 'nanowhale/files.py', True),
     ('module', 'nanowhale/part/__init__.py', True), ('module', 'nanowhale/__init__.py', True),
     ('module', 'nanowhale/other.py', False), ('module', 'results/a.json', False), ('module', 'nbs/1_part/01_plain.ipynb', False),
-    ('package', 'nanowhale/part/plain.py', True), ('package', 'nanowhale/other.py', False), ('whole', 'nanowhale/part/plain.py', True),
+    ('package', 'nanowhale/part/plain.py', True), ('package', 'nanowhale/other.py', False),
+    ('lookup', 'nanowhale/last.py', True), ('module', 'nanowhale/last.py', False),
+    ('whole', 'nanowhale/part/plain.py', True),
     ('result', 'results/a.json', True), ('result', 'results/b.json', False), ('folder', 'results/b.json', True),
     ('process', 'nanowhale/other.py', True), ('process', 'results/b.json', True), ('process', 'tests/tools/cut.py', True),
     ('own', 'nanowhale/part/whale.py', False)])

@@ -25,11 +25,12 @@ def module(name):
     return next((p for p in (path/'__init__.py', path.with_suffix('.py')) if p.is_file()), None)
 
 @cache
-def public():
-    "Names that a package gives itself, and the modules behind them"
-    tree = ast.parse((ROOT/'nanowhale/moved.py').read_text(encoding='utf-8'))
-    table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id=='PUBLIC')
-    return {f'nanowhale.{name}': f'nanowhale.{at}' for name,at in ast.literal_eval(table).items()}
+def moved():
+    "Names that a package gives itself, each with its module; and what is looked through for a name that it has not"
+    tree = ast.parse((ROOT/'nanowhale/moved.py').read_text(encoding='utf-8')).body
+    tables = {n.targets[0].id: ast.literal_eval(n.value) for n in tree if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict)}
+    def full(names): return [f'nanowhale.{name}' for name in names.split()]
+    return {k: full(names) for table in ('PUBLIC', 'MOVED') for name,names in tables.get(table, {}).items() for k in full(name)}
 
 def imported(code, package=''):
     "Names of the package's modules that code asks for; relative ones are seen from `package`"
@@ -39,7 +40,7 @@ def imported(code, package=''):
         if isinstance(node, ast.ImportFrom):
             above = package.split('.')[:len(package.split('.'))+1-node.level] if node.level else []
             base = '.'.join([*above, *filter(None, [node.module])])
-            yield from (base, *(f'{base}.{a.name}' for a in node.names))
+            for name in (base, *(f'{base}.{a.name}' for a in node.names)): yield from (name, *moved().get(name, ()))
 
 def named(code):
     "Files of the project that code names, and all that lie in a folder that it names"
@@ -60,7 +61,6 @@ def behind(name):
     found,seen,waiting = set(), set(), {name}
     while waiting:
         seen.add(name := waiting.pop())
-        name = public().get(name, name)
         path = module(name) if name.split('.')[0]=='nanowhale' else None
         if path is None: continue
         files,names = asked(path, name)

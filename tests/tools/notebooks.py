@@ -57,7 +57,7 @@ def execute(path, dst, allow):
     flags = set(cfg.tst_flags.split()) - set(allow)
     front = NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_
     shell = CaptureShell(path, mpl_format='png')
-    known = inputs.files(json.loads(Path(path).read_text(encoding='utf-8')))
+    known = {Path(path).resolve(), *inputs.files(json.loads(Path(path).read_text(encoding='utf-8')))}
     read = inputs.watch()
     for i,cell in enumerate(nb.cells):
         if skipped(cell, flags) or str(front.get('skip_exec', False)).lower()=='true': continue
