@@ -242,6 +242,7 @@ def main():
     if not (a.files or a.all or a.flags or a.native): files = [f for f in files if not fresh(json.loads(f.read_text(encoding='utf-8')))]
     if a.native and a.mode=='run': p.error('--native is for check: what is stored is made with the kernels that every processor has')
     if missing := [f for f in files if not f.is_file()]: sys.exit(f'no such notebook: {missing[0]}')
+    if not files: sys.exit(print('nothing has changed that a stored output hangs on'))
     sys.exit(bool(work(files, a.mode, a.flags.split(), a.jobs, a.exact, a.timeout, a.native)))
 
 if __name__=='__main__': main()
