@@ -57,6 +57,8 @@ def test_a_new_result_code_version_and_environment_are_seen(project, monkeypatch
     (root/'results/c.json').write_text('[3]')
     after = [seen(u) for u in ('x = 1', USES['folder'], "read('../../results/c.json')")]
     assert [a==b for a,b in zip(before, after)]==[True, False, False]
+    (root/'results/__pycache__').mkdir()
+    assert seen(USES['folder'])==after[1]      # a folder in it is none of its files
     assert len({before[0], seen('x = 2'), seen('x = 1', ''), seen('x = 1', env='2')})==4
     monkeypatch.setattr(inputs, 'version', dict(torch='2.0').__getitem__)
     assert seen('x = 1')==before[0]      # another build of the same

@@ -46,7 +46,7 @@ def named(code):
     "Files of the project that code names, and all that lie in a folder that it names"
     for a,b in NAMED.findall(code):
         path = ROOT/(a or b)
-        yield from path.glob('*') if path.is_dir() else [path]
+        yield from filter(Path.is_file, path.glob('*')) if path.is_dir() else [path]
 
 @cache
 def asked(path, name):
@@ -102,5 +102,5 @@ def watch():
     sys.addaudithook(note)
     def read():
         mine = (Path(p) for p in (opened | loaded())-before if p.startswith(str(ROOT)+os.sep))
-        return {p for p in mine if p.is_file() and p.parent.name!='__pycache__'}
+        return {p for p in mine if p.is_file() and p.parent.name not in ('__pycache__', 'nanowhale.egg-info')}   # what Python and pip leave
     return read
