@@ -273,7 +273,8 @@ def go_through(parts, args, home, begun):
 def opened(source, home):
     "The folder of results that an archive holds, or the folder itself"
     if source.is_dir(): return source
-    with tarfile.open(source) as tar: tar.extractall(home, filter='data')
+    safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}   # early releases of 3.10 and 3.11 have none
+    with tarfile.open(source) as tar: tar.extractall(home, **safe)
     return home/'gpu'
 
 def merged(folders):
