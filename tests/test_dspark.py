@@ -11,11 +11,12 @@ import nanowhale.generate.speculate as spec
 from nanowhale.beyond.dspark import (BlockDrafter, DSpark, Drafted, SparkConfig, accepted, lessons, serial_flops, spark_flops, spark_loss,
     speculate_blocks, tapping)
 from nanowhale.generate.cache import Cache
-from nanowhale.generate.sample import Rows, generate, left_pad, warp
+from nanowhale.generate.sample import Rows, generate, left_pad
 from nanowhale.generate.speculate import Drafter
 from nanowhale.lab.ablate import setup
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.model.whale import Whale
+from test_speculate import exact
 
 CFG = WhaleConfig(vocab_size=7, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, head_dim=10, qk_rope_head_dim=6, q_lora_rank=7,
     o_groups=3, o_lora_rank=5, sliding_window=5, moe_intermediate_size=8, n_routed_experts=3, num_experts_per_tok=2, hc_mult=2, hc_sinkhorn_iters=2,
@@ -63,20 +64,6 @@ def written(whale, spark, ids, n, drafter=BlockDrafter, **kw):
         with ours, theirs:
             return tuple(speculate_blocks(whale, spark, ids, n, **kw)[0,ids.shape[1]:].tolist())
     return every_way(program, (0, 0))   # the first round has no drafts to judge; it draws token 0
-
-@torch.inference_mode()
-def exact(whale, ids, n, **rules):
-    "{text: probability} of every text of n tokens, by plain forwards"
-    texts = {(): 1.}
-    for _ in range(n):
-        more = {}
-        for text,p in texts.items():
-            row = torch.cat([ids, torch.tensor([text]).long()], 1)
-            seen = torch.zeros(1, whale.cfg.vocab_size, dtype=torch.bool).scatter(1, row, True)
-            chances = warp(whale(row).logits[:,-1], seen, **rules).softmax(-1)[0].tolist()
-            more |= {(*text, x): p*px for x,px in enumerate(chances) if px>0}
-        texts = more
-    return texts
 
 def furthest(found, want): return max(abs(found[t]-want.get(t, 0)) for t in found.keys() | want.keys() if t[0]==0)
 

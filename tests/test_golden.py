@@ -34,7 +34,7 @@ from nanowhale.train.optim import make_optimizers
 from nanowhale.train.recipe import get_recipe
 from nanowhale.train.step import train_step
 import ages
-from runs import ROOT, jsonl, provenance, texts
+from runs import ROOT, jsonl, provenance, texts, unpack
 
 GOLDEN = Path(__file__).parent/'golden'
 STEP = 'step-00000001'
@@ -93,10 +93,9 @@ def command(*words, cwd):
     try: return cli.main([str(w) for w in words])
     finally: os.chdir(was)
 
-def unpack(folder):
-    "The old run, as it lay on the disk"
-    safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
-    with tarfile.open(GOLDEN/'run.tar.xz') as tar: tar.extractall(folder/'run', **safe)
+def old_run(folder):
+    "As it lay on the disk"
+    unpack(GOLDEN/'run.tar.xz', folder/'run')
     shutil.copy(GOLDEN/'run.json', folder/'run')
     return folder/'run'
 
@@ -113,7 +112,7 @@ def here():
     "The largest difference from the golden files, of each kind; no difference may be larger than the tolerance"
     want,largest = golden(),lambda a,b: max(abs(x-y) for x,y in zip(a, b, strict=True))
     with tempfile.TemporaryDirectory() as d, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        old = unpack(Path(d))
+        old = old_run(Path(d))
         (old.parent/'words.jsonl').write_text(jsonl(texts(60)))
         rows,logits = read_metrics(old/'metrics.jsonl'),probe(Whale.from_pretrained(old/'checkpoints'/STEP))
         assert command('train', '--resume', '--out', 'run', cwd=old.parent)==0
@@ -156,7 +155,7 @@ def make():
 def old(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Log, 'plot', lambda self: None); monkeypatch.setenv('TQDM_DISABLE', '1')
     (tmp_path/'words.jsonl').write_text(jsonl(texts(60)))
-    return unpack(tmp_path)
+    return old_run(tmp_path)
 
 def test_an_old_checkpoint_computes_the_same(old):
     whale = Whale.from_pretrained(old/'checkpoints'/STEP)

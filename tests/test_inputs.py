@@ -14,6 +14,10 @@ FILES = {
     'nanowhale/other.py': 'from .part import plain\n', 'nbs/1_part/01_plain.ipynb': '{}', 'tests/tools/cut.py': '',
     'results/a.json': '[1]', 'results/b.json': '[2]', 'tested.txt': 'torch==2.0\n'}
 
+def forget():
+    "What was read once"
+    for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.moved): f.cache_clear()
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A small project, and the digest of a notebook in it, computed anew"
@@ -23,11 +27,11 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, 'ROOT', tmp_path)
     monkeypatch.setattr(inputs, 'version', dict(torch='2.0+cpu').__getitem__)
     def seen(*cells, env='1'):
-        for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.moved): f.cache_clear()
+        forget()
         return inputs.digest(notebook(*cells), dict(A=env))
     yield tmp_path, seen
     monkeypatch.undo()
-    for f in (inputs.everything, inputs.asked, inputs.behind, inputs.content, inputs.versions, inputs.moved): f.cache_clear()
+    forget()
 
 USES = dict(
     module='from nanowhale.part.whale import Whale', package='from nanowhale.part import Whale', whole='import nanowhale.part.whale as w',

@@ -100,10 +100,7 @@ def csa2_run(arm, seed, steps):
 
 def csa2(args):
     cfg,recipe = small_v41(),csa2_recipe(args.steps)
-    def seconds(): return csa2_pace(cfg, recipe)*(args.steps+40)
+    def seconds(): return plans.pace(cfg, recipe, kind=SharedWhale)*(args.steps+40)
     runs = [plans.Run(dict(campaign='csa2', arm=arm, seed=seed, steps=args.steps), arm, seconds, partial(csa2_run, arm, seed, args.steps))
         for seed in range(5) for arm in CSA2]
     plans.go(runs, args, f'python tests/tools/beyond.py csa2 --steps {args.steps}')
-
-def csa2_pace(cfg, recipe):
-    with patch.object(plans, 'Whale', SharedWhale): return plans.pace(cfg, recipe)

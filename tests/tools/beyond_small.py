@@ -6,7 +6,6 @@ read the same held-out text, and write on from the same prompt.
 import math, time
 from functools import partial
 from statistics import mean
-from unittest.mock import patch
 import torch
 import plans
 from nanowhale.beyond.csa2 import SharedTrunk
@@ -50,12 +49,10 @@ def small_run(arm, seed, steps):
     return dict(params=whale.n_params(), bits_per_byte=round(held_out_bits(whale, 100), 4), seconds=round(mean(sorted(seconds)[:len(seconds)//2]), 4),
         curve=[round(mean(losses[i:i+n]), 3) for i in range(0, steps, n)], text=written(lambda ids: whale(ids).logits, 'The ', 60))
 
-def small_pace(arm):
-    kind,cfg = SMALL[arm]
-    with patch.object(plans, 'Whale', kind): return plans.pace(cfg, small_recipe(4))
-
 def small(args):
-    def seconds(arm): return small_pace(arm)*args.steps+9     # reading and writing
+    def seconds(arm):
+        kind,cfg = SMALL[arm]
+        return plans.pace(cfg, small_recipe(4), kind=kind)*args.steps+9     # reading and writing
     runs = [plans.Run(dict(campaign='small', arm=arm, seed=seed, steps=args.steps), arm, partial(seconds, arm), partial(small_run, arm, seed, args.steps))
         for seed in range(5) for arm in SMALL]
     plans.go(runs, args, f'python tests/tools/beyond.py small --steps {args.steps}')

@@ -20,7 +20,7 @@ import argparse, io, json, lzma, os, re, shutil, signal, subprocess, sys, tarfil
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from runs import ROOT, provenance
+from runs import ROOT, provenance, unpack
 
 MiB = 2**20
 MOST_PACKED = 52*MiB
@@ -273,8 +273,7 @@ def go_through(parts, args, home, begun):
 def opened(source, home):
     "The folder of results that an archive holds, or the folder itself"
     if source.is_dir(): return source
-    safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}   # early releases of 3.10 and 3.11 have none
-    with tarfile.open(source) as tar: tar.extractall(home, **safe)
+    unpack(source, home)
     return home/'gpu'
 
 def merged(folders):

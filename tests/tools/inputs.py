@@ -73,8 +73,9 @@ def python(code): return '\n'.join(line for line in code.split('\n') if not re.m
 def files(nb):
     "All files that a notebook, as JSON, may read"
     cells = [python(c) for c in code_of(nb)]
-    if any(map(ANYTHING.search, cells)): return everything() | {p for c in cells for p in named(c)}
-    return frozenset(p for c in cells for p in named(c)).union(*(behind(name) for c in cells for name in imported(c)))
+    own = {p for c in cells for p in named(c)}
+    if any(map(ANYTHING.search, cells)): return own | everything()
+    return own.union(*(behind(name) for c in cells for name in imported(c)))
 
 @cache
 def content(path): return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else 'none'

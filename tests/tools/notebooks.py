@@ -33,7 +33,8 @@ if platform.machine() in ('x86_64', 'AMD64'):   # the same floating-point sums o
     KERNELS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
 else: KERNELS = {}
 
-def fresh(nb): return nb['metadata'].get('inputs')==inputs.digest(nb, ENV | KERNELS)   # nb: as JSON
+def digest(nb): return inputs.digest(nb, ENV | KERNELS)   # nb: as JSON
+def fresh(nb): return nb['metadata'].get('inputs')==digest(nb)
 
 # ---------------------------------------------------------------- in the child: one notebook, executed
 
@@ -178,7 +179,7 @@ def work(files, mode, flags, jobs, exact, timeout, native=False):
             if mode=='check': problems = list(stale(old, new, path, exact))
             elif path.read_text(encoding='utf-8')!=before: problems = ['edited while it ran, so nothing was stored: run it again']
             else:
-                new['metadata']['inputs'] = inputs.digest(new, ENV | KERNELS)
+                new['metadata']['inputs'] = digest(new)
                 path.write_text(json.dumps(keep_equal_pictures(old, new), sort_keys=True, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
         failed += bool(problems)
         print(f'{secs:6.1f} s  {path.name}  {"FAILED" if problems else "ok"}', *problems, sep='\n    ', flush=True)

@@ -48,10 +48,10 @@ def table(runs, left):
     return '\n'.join(lines)
 
 @cache
-def pace(cfg, recipe, steps=3):
+def pace(cfg, recipe, steps=3, kind=Whale):
     "Processor seconds of a training step, the least of those after a first"
     torch.set_num_threads(1)
-    whale = use(Whale(cfg))
+    whale = use(kind(cfg))
     opts = [use(opt) for opt in make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)]
     ids = torch.randint(cfg.vocab_size, (recipe.rows, recipe.context+1))
     took = []

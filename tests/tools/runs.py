@@ -1,5 +1,5 @@
 """Real runs for the tests of streams, checkpoints and processes: small data, `nanowhale train` as a process, and what must not differ"""
-import hashlib, json, os, platform, random, subprocess, sys
+import hashlib, json, os, platform, random, subprocess, sys, tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,11 @@ def fingerprint(out):
     state = json.loads((last/'trainer'/'state.json').read_text())
     files = [out/'model.safetensors', last/'model.safetensors', last/'trainer'/'optimizer.safetensors']
     return metrics(out), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files], {k: v for k,v in state.items() if k not in ('seconds', 'waited')}
+
+def unpack(archive, folder):
+    "Put the files of a tar archive into a folder, and none outside of it"
+    safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}   # early releases of 3.10 and 3.11 have none
+    with tarfile.open(archive) as tar: tar.extractall(folder, **safe)
 
 def preload():
     "What takes seconds to import, once, before the forks of a process; nanowhale itself is not among it"
