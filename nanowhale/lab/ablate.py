@@ -121,17 +121,18 @@ def material(
 def begin(
     name:str,     # one of `ABLATIONS`
     seed:int=0,   # of weights and order
+    kernels:str='fast',   # `use`d by the whale and its optimizers
     **more,       # as in `setup`
 ) -> tuple[Whale, Callable, HeldOut]:
     "A fresh whale, the function that takes step i with it, and the held-out text"
     cfg,recipe,change = setup(name, **more)
     rows,held = material(cfg.vocab_size, recipe.context, seed)
     torch.manual_seed(seed)
-    whale = use(Whale(cfg))
+    whale = use(Whale(cfg), kernels)
     n = recipe.rows
     if change: change(whale)
     opts = make_optimizers(whale, recipe.lr, recipe.muon_lr, recipe.weight_decay)
-    for opt in opts: use(opt)
+    for opt in opts: use(opt, kernels)
     def step(i):
         at = torch.arange(i*n, (i+1)*n)%len(rows['docs'])
         return train_step(whale, whale, opts, {k: v[at] for k,v in rows.items()}, recipe, i)

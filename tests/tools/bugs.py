@@ -2,32 +2,27 @@
 
     python tests/tools/bugs.py             the table: bug, the check that goes red, whether parity with transformers sees it too
     python tests/tools/bugs.py --all       the table with every check that goes red
-    python tests/tools/bugs.py --train     train with each bug planted, beside the correct model         results/bugs.json
+
+`tests/tools/bug_runs.py` trains with each.
 
 A loss that falls proves little. Each bug here was found in a public port of DeepSeek-V4 and trained happily (numbers as in the
 project's list of bugs that train). A check is a function without arguments that asserts one property of the code as it is at
 that moment; `plant` swaps a function or method of nanowhale for a wrong one and takes it back afterwards.
 tests/test_bugs.py proves that every check is green on the healthy code, and red on the bug it is there for.
 """
-import argparse, json, math, sys, tempfile, time
+import argparse, math, sys, tempfile
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import mean
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from nanowhale.model import attention, block, hyper, moe, mtp, rope, visibility, whale as model
-from nanowhale.model.config import CSA, HCA
+from nanowhale.model import attention, block, compress, hyper, moe, mtp, rope, visibility, whale as model
 from nanowhale.model.whale import Whale
 from nanowhale.train import data, evaluate, optim, step
 from nanowhale.generate import cache, sample, weights
 from nanowhale.generate.cache import Cache
-from nanowhale.fast.bench import add_to
-from nanowhale.fast.kernels import use
-from nanowhale.lab import ablate
 import test_compress
-from runs import ROOT, provenance
 from test_compress import (no_query_is_told_the_future, only_distances_count, packed_documents_are_alone,
     padding_is_never_seen, tables_are_fair)
 from test_parity import LIMITS, errors, no_downcast, pair, randomise, run, small
@@ -333,6 +328,16 @@ def compressed_layers_are_transformers():
     for seed in (0, 1):
         for what,e in test_compress.errors(seed).items(): assert e<=test_compress.LIMITS[what], (seed, what, e)
 
+def the_indexer_is_taught():
+    "The indexers' loss has a gradient for every weight of every indexer, and for nothing else"
+    whale = test_compress.whale_of(index_topk=2)
+    ids = torch.randint(30, (2, 27), generator=torch.Generator().manual_seed(9))
+    loss = whale(ids, labels=ids).indexer_loss
+    assert loss.requires_grad
+    loss.backward()
+    grads = {n: p.grad is not None and p.grad.abs().max()>0 for n,p in whale.named_parameters()}
+    assert all(moved==('indexer' in n) for n,moved in grads.items()), [n for n,moved in grads.items() if moved!=('indexer' in n)]
+
 CHECKS = [same_as_transformers, equal_streams_stay_equal, only_distance_counts, the_last_R_channels_turn, attention_is_the_equation,
     a_strong_sink_takes_all_attention, the_window_is_W_wide, the_bias_only_selects, the_bias_balances, the_bias_is_not_trained,
     the_balance_loss_teaches, the_mtp_loss_is_the_equation, no_loss_is_told_the_answer, the_loss_is_the_mean_over_targets,
@@ -341,7 +346,7 @@ CHECKS = [same_as_transformers, equal_streams_stay_equal, only_distance_counts, 
     every_buffer_is_saved, loading_gives_what_was_saved, a_compiled_whales_checkpoint_loads, every_token_is_a_target_once,
     accumulation_changes_nothing, a_training_step_moves_the_bias, held_out_loss_is_the_mean_over_targets,
     compressed_layers_are_transformers, only_distances_count, no_query_is_told_the_future, packed_documents_are_alone, padding_is_never_seen,
-    tables_are_fair]
+    tables_are_fair, the_indexer_is_taught]
 
 # ---------------------------------------------------------------- planting
 
@@ -418,6 +423,13 @@ def _(m):
         def backward(ctx, g): return g*ctx.saved_tensors[0], None, None
     real = hyper.sinkhorn
     everywhere(m, real, lambda z, iters, eps=1e-6: Forgetful.apply(z, iters, eps))
+
+@bug(26, 'post is a sigmoid, without its factor of two', same_as_transformers)
+def _(m):
+    def halved(real, self, X):
+        pre,post,comb = real(self, X)
+        return pre, post/2+self.eps, comb
+    wrap(m, hyper.HyperConnection, 'forward', halved)
 
 @bug(17, 'hyper-connections allocated empty and never initialised', every_weight_is_initialised)
 def _(m):
@@ -545,6 +557,34 @@ def _(m, real=visibility.make_blocks):
     everywhere(m, real, counted)
 
 bug(15, 'compressed entries of other documents are seen', packed_documents_are_alone, far=True)(made(test_compress.mixed))
+
+@bug(14, 'every query sees every entry', no_query_is_told_the_future, far=True)
+def _(m, real=visibility.make_blocks):
+    def all_of_them(cfg, kind, rows, *a, **kw):
+        blocks = real(cfg, kind, rows, *a, **kw)
+        docs = torch.zeros_like(rows.pos[None]) if rows.docs is None else rows.docs
+        return blocks._replace(seen=(blocks.entries[1][:,None]==docs[...,None]) & (blocks.entries[0]<visibility.NEVER)[:,None])
+    everywhere(m, real, all_of_them)
+
+@bug(3, 'entries rotated at their number, not at their position', only_distances_count, far=True)
+def _(m, real=visibility.make_blocks):
+    def by_number(cfg, kind, rows, *a, **kw):
+        blocks = real(cfg, kind, rows, *a, **kw)
+        return blocks._replace(rope=visibility.far_rope(cfg, torch.arange(blocks.ends.shape[1]).expand_as(blocks.ends)))
+    everywhere(m, real, by_number)
+
+@bug(23, 'nothing trains the indexer', the_indexer_is_taught, far=True)
+def _(m, real=compress.index_loss): everywhere(m, real, lambda scores, target, seen: real(scores.detach(), target, seen))
+
+@bug(24, 'indexer heads through a sigmoid, and their mean', compressed_layers_are_transformers, far=True)
+def _(m):
+    def squashed(q, w, keys, seen=None): return (torch.einsum('btjw,bcw->btjc', q, keys).sigmoid()*w[...,None]).mean(2)
+    everywhere(m, compress.index_scores, squashed)
+
+@bug(25, "YaRN's factor in the scale of the scores", compressed_layers_are_transformers, far=True)
+def _(m):
+    def sharper(real, self, q, *a): return real(1.277*q, *a)     # 0.1 ln 16 + 1, on every logit
+    wrap(m, compress.CompressedAttention, 'attend', sharper)
 
 @bug(8, 'a routing table of zeros: every token to expert 0', tables_are_fair, far=True)
 def _(m, real=moe.hash_table): everywhere(m, real, lambda V, E, k: torch.zeros(V, k, dtype=torch.long))
@@ -675,8 +715,9 @@ def _(m):
 def _(m):
     real = step.add_gradients
     def summed(whale, rows, size, *weights, **kw):
-        for i in range(0, len(rows['docs']), size): out = real(whale, {k: v[i:i+size] for k,v in rows.items()}, size, *weights, **kw)
-        return out
+        parts = [real(whale, {k: v[i:i+size] for k,v in rows.items()}, size, *weights, **kw) for i in range(0, len(rows['docs']), size)]
+        losses = {name: sum(p[0][name] for p in parts) for name in parts[0][0]}     # reported as they are trained
+        return losses, sum(p[1] for p in parts), parts[0][2]
     everywhere(m, real, summed)
 
 @bug(12, 'mean of means: every small batch counts alike', accumulation_changes_nothing)
@@ -697,73 +738,10 @@ def _(m):
 @bug(13, 'rows without overlap: their first tokens are never predicted', every_token_is_a_target_once)
 def _(m, real=data.pack): everywhere(m, real, lambda *a, **kw: {k: v[:,1:] for k,v in real(*a, **kw).items()})
 
-# ---------------------------------------------------------------- training with them
-
-PIECES = 20     # of a loss curve, each the mean of its steps
-LOOK = 8        # steps after which a run that is the healthy one to the bit is not continued
-FAR = dict(layer_types=(CSA,HCA), mlp_layer_types=('hash_moe','moe'), sliding_window=16, compress_rate_csa=4, compress_rate_hca=16,
-    index_n_heads=2, index_head_dim=16, index_topk=8)
-
-def state(whale): return {k: v.detach().clone() for k,v in whale.state_dict().items()}
-
-def equal(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-def scores(held, whale): return {k: round(v, 4) for k,v in held.scores(whale).items() if k in ('loss', 'mtp_loss', 'bits_per_byte')}
-
-def train(steps, seed=0, far=False, b=None, healthy=None):
-    "Train the small whale of 42_ablate, with a bug planted or without; the same weights at the start, the same rows"
-    more = dict(FAR if far else {}, steps=steps) | (dict(batch_size=4, accum=2) if b and b.check is accumulation_changes_nothing else {})
-    def fresh():
-        whale,one_step,held = ablate.begin('base', seed, **more)
-        return use(whale, 'plain'),one_step,held        # bugs are planted into the plain functions
-    repack = b and b.check is every_token_is_a_target_once      # the text is packed once, unless packing is what is wrong
-    with planted(b) if b else nullcontext():
-        if repack: ablate.material.cache_clear()
-        whale,one_step,held = fresh()
-        losses,start = [],time.process_time()
-        for i in range(steps):
-            losses.append(one_step(i)['loss'])
-            if i==LOOK-1: early = state(whale)
-            if i==LOOK-1 and healthy and equal(early, healthy['early']) and losses==healthy['losses'][:LOOK]:
-                losses = healthy['losses']
-                whale.load_state_dict(healthy['end'])
-                break
-        said = scores(held, whale)        # by its own reckoning, as whoever trains it sees it
-    end,seconds = state(whale),time.process_time()-start
-    if repack: ablate.material.cache_clear()
-    if b:
-        whale,_,held = fresh()
-        whale.load_state_dict(end)
-    n = steps//PIECES
-    return dict(losses=losses, early=early, end=end, entry=dict(seed=seed, steps=steps, far=far, identical=i<steps-1,
-        curve=[round(mean(losses[j:j+n]), 3) for j in range(0, n*PIECES, n)], said=said, right=scores(held, whale), cpu_seconds=round(seconds, 1)))
-
-def train_all(steps, seeds, out=ROOT/'results'/'bugs.json'):
-    "The healthy whale with several seeds, and each bug with the first of them; what the file holds is not run again"
-    torch.set_num_threads(1)
-    done = {(r['name'], r['seed'], r['far']) for r in json.loads(out.read_text())} if out.exists() else set()
-    def keep(name, number, check, run):
-        about = provenance(f'python tests/tools/bugs.py --train --steps {steps} --seeds {seeds}')
-        add_to(out, dict(name=name, number=number, check=check, **run['entry'], **about), ('name', 'seed', 'far'))
-        print(name, run['entry']['said'], run['entry']['right'], run['entry']['cpu_seconds'], flush=True)
-    healthy = {}
-    for far in (False, True):
-        healthy[far] = train(steps, 0, far)
-        keep('healthy', 0, '', healthy[far])
-    for b in sorted(BUGS, key=lambda b: b.number):
-        if (b.name, 0, b.far) not in done: keep(b.name, b.number, b.check.__name__, train(steps, 0, b.far, b, healthy[b.far]))
-    for seed in range(1, seeds):
-        for far in (False, True):
-            if ('healthy', seed, far) not in done: keep('healthy', 0, '', train(steps, seed, far))
-
 def main():
     p = argparse.ArgumentParser(description='Plant each bug and show which check goes red')
     p.add_argument('--all', action='store_true', help='run every check on every bug')
-    p.add_argument('--train', action='store_true', help='train with each bug instead')
-    p.add_argument('--steps', type=int, default=60, help='of training')
-    p.add_argument('--seeds', type=int, default=1, help='runs of the healthy whale (42_ablate has three of the same length, as its base)')
     a = p.parse_args()
-    if a.train: return train_all(a.steps, a.seeds)
     sick = [c.__name__ for c in CHECKS if red(c)]
     if sick: raise SystemExit(f'red without any bug planted: {", ".join(sick)}')
     print(f'{len(CHECKS)} checks, all green on the healthy code; {len(BUGS)} bugs\n')
