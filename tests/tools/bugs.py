@@ -14,6 +14,7 @@ import argparse, math, sys, tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
@@ -22,6 +23,7 @@ from nanowhale.model.whale import Whale
 from nanowhale.train import data, evaluate, optim, step
 from nanowhale.generate import cache, sample, weights
 from nanowhale.generate.cache import Cache
+sys.path.append(str(Path(__file__).parents[1]))   # the checks of compressed layers stand in tests/
 import test_compress
 from test_compress import (no_query_is_told_the_future, only_distances_count, packed_documents_are_alone,
     padding_is_never_seen, tables_are_fair)
