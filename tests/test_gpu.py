@@ -88,7 +88,7 @@ def test_the_report_and_the_chapter(came_back, tmp_path, monkeypatch, capsys):
 
 def chapter(capsys):
     "What the cells of the chapter of results say about a GPU"
-    cells = json.loads((ROOT/'nbs'/'5_evidence'/'46_results.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads((ROOT/'nbs'/'5_evidence'/'49_results.ipynb').read_text(encoding='utf-8'))['cells']
     sources = [''.join(c['source']) for c in cells if c['cell_type']=='code']
     begin = next(i for i,s in enumerate(sources) if 'gpu.json' in s)
     capsys.readouterr()

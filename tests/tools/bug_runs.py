@@ -24,6 +24,9 @@ FAR = dict(layer_types=(CSA,HCA), mlp_layer_types=('hash_moe','moe'), compress_r
 PIECES = 40     # of a loss curve, each the mean of its steps
 WATCHED = ('load_entropy', 'max_vio', 'column_error', 'comb_logit', 'grad_norm', 'indexer_loss')   # of the last piece's steps
 
+CASES = dict(A='a parallel head', B='every query sees every', C='a routing table of zeros', D='comb contracted', E='gradients of small',
+    F='MTP told the')     # whom 46_museum shows without a name
+
 def begin(b, far, seed, steps):
     "A fresh whale of the plain functions, since into these bugs are planted; bugs of accumulation get their rows in small batches"
     small = dict(batch_size=2, accum=4) if b and b.check is accumulation_changes_nothing else {}
