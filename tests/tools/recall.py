@@ -1,7 +1,7 @@
 """What reaches beyond the window? Associative recall, by kind of attention and by distance; books, by position; and the cost of a long memory.
 
-    python tests/tools/recall.py recall --kinds window csa hca all --seeds 0 1 2     results/recall.json
-    python tests/tools/recall.py books --data FILE.jsonl                             results/books.json
+    python tests/tools/recall.py recall [--plan] [--part 0/2]     every kind and both texts, five seeds      results/recall.json
+    python tests/tools/recall.py books --data FILE.jsonl --kinds window csa hca all full --seeds 0 1 2       results/books.json
     python tests/tools/recall.py decode                                              results/decode.json
     python tests/tools/recall.py look --model FOLDER                                 results/look.json
     python tests/tools/recall.py --help
@@ -9,13 +9,16 @@
 Recall: the text is a stream of pairs, key and value. Half of them are new while there are keys left, the others repeat an
 earlier pair; the value of a repeated pair can be known, and it is all that is learned and measured. Rows to train on have from
 2 to 32 keys, so that some are easy; those to measure on have all 32. The distance is counted in tokens, from a value to the
-same value when it was last read.
+same value when it was last read. In a loose text a token that says nothing stands before every second pair, by lot, so that no
+block of a compressor holds whole pairs by its place. `full` sees the whole row: what attention could do that forgets nothing.
 
 Books: rows of 1,024 tokens from anywhere in a book (a jsonl file whose rows have `title` and `text`); the loss on books held
 out, by how much of the book stands before a token.
 """
 import argparse, json, random, time
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 import torch
@@ -30,27 +33,33 @@ from nanowhale.train.optim import make_optimizers, schedule
 from nanowhale.generate.cache import Cache
 from nanowhale.fast.kernels import use
 from nanowhale.fast.bench import add_to
+from nanowhale.lab.compare import start_by_name
+from nanowhale.train.loop import keep_freed_memory
+from plans import Run, go, options
 from runs import provenance
 
+FULL = dict(sliding_window=1024)             # of the kind that sees everything
 KEYS = 32                                    # as many values; ids 1 to KEYS, and on from there
-KINDS = dict(window=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SWA,CSA,HCA))
+KINDS = dict(window=(SWA,SWA,SWA), full=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SWA,CSA,HCA))
 EDGES = (2, 10, 18, 34, 66, 128)             # distances, always even, are counted from one to the next; a window of 8 reaches back to 8
 PLACES = (0, 32, 64, 128, 256, 512, 1024)    # so are positions in a row of a book
 
-def pairs(T, keys, rng):
+def pairs(T, keys, rng, loose=False):
     "Ids, labels and distances of one row with so many keys, T each"
     fresh,last,ids,labels,far = rng.sample(range(1, KEYS+1), keys),{},[],[],[]   # last: key -> value and where it was last read
-    for t in range(1, T, 2):
+    while len(ids)<T:
+        gap = [0]*(loose and rng.random()<0.5)
+        t = len(ids)+len(gap)+1
         known = bool(last) and (rng.random()<0.5 or not fresh)
         k = rng.choice(list(last)) if known else fresh.pop()
         v,at = last.get(k) or (KEYS+1+rng.randrange(KEYS), t)
         last[k] = v,t
-        ids += [k, v]; labels += [-100, v if known else -100]; far += [0, t-at]
-    return ids,labels,far
+        ids += [*gap, k, v]; labels += [-100]*(len(gap)+1)+[v if known else -100]; far += [0]*(len(gap)+1)+[t-at]
+    return ids[:T],labels[:T],far[:T]
 
-def stream(B, T, rng, fewest=KEYS):
+def stream(B, T, rng, fewest=KEYS, loose=False):
     "Ids, labels and distances [B,T], with `fewest` to all keys in a row"
-    return [torch.tensor(x) for x in zip(*(pairs(T, rng.randint(fewest, KEYS), rng) for _ in range(B)))]
+    return [torch.tensor(x) for x in zip(*(pairs(T, rng.randint(fewest, KEYS), rng, loose) for _ in range(B)))]
 
 def config(kind, vocab_size=2*KEYS+1, **sizes):
     return WhaleConfig(**dict(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=64, qk_rope_head_dim=8,
@@ -59,9 +68,9 @@ def config(kind, vocab_size=2*KEYS+1, **sizes):
         compress_rate_hca=4, index_n_heads=4, index_head_dim=16, index_topk=4, bos_token_id=None, eos_token_id=None) | sizes)
 
 @torch.no_grad()
-def accuracy(whale, T, rng, rows=192):
+def accuracy(whale, T, rng, loose, rows=192):
     "Share of right answers between each pair of `EDGES`"
-    ids,labels,far = stream(rows, T, rng)
+    ids,labels,far = stream(rows, T, rng, loose=loose)
     right = whale(ids).logits[:,:-1].argmax(-1)==labels[:,1:]
     among = lambda a, b: (labels[:,1:]>=0) & (far[:,1:]>=a) & (far[:,1:]<b)
     return [round(right[among(a, b)].float().mean().item(), 4) for a,b in zip(EDGES, EDGES[1:])]
@@ -89,13 +98,19 @@ def fit(whale, rows, steps, dense=0.5, lr=4e-3, muon_lr=1e-2):
     whale.eval()
     return curve
 
-def recall(kind, seed, steps, B=16, T=128):
-    torch.manual_seed(seed)
-    whale,rng,probe = use(Whale(config(kind))),random.Random(seed),stream(16, T, random.Random(7))[0]
+def recall(kind, loose, seed, steps, B=16, T=128):
+    keep_freed_memory()
+    rng,probe = random.Random(seed),stream(16, T, random.Random(7), loose=loose)[0]
+    whale = use(start_by_name(Whale(config(kind, **FULL if kind=='full' else {})), seed))
     before,start = recall_of_indexer(whale, probe),time.process_time()
-    curve = fit(whale, lambda: stream(B, T, rng, 2)[:2], steps)
-    return dict(kind=kind, seed=seed, steps=steps, tokens=steps*B*T, edges=EDGES, accuracy=accuracy(whale, T, random.Random(999)),
+    curve = fit(whale, lambda: stream(B, T, rng, 2, loose)[:2], steps)
+    return dict(tokens=steps*B*T, edges=EDGES, accuracy=accuracy(whale, T, random.Random(999), loose),
         indexer=[before, recall_of_indexer(whale, probe)], curve=curve, cpu_seconds=round(time.process_time()-start))
+
+def recalls(steps):
+    for seed,loose,kind in product(range(5), (False, True), KINDS):
+        yield Run(dict(kind=kind, loose=loose, seed=seed, steps=steps), f'{kind}{", loose" if loose else ""}', lambda: steps*0.25,
+            partial(recall, kind, loose, seed, steps))
 
 def read_books(path, vocab_size=1024, chars=100_000):
     "Token ids of the beginnings of books to train on, and of those held out"
@@ -114,8 +129,8 @@ def by_position(whale, rows):
 def read(kind, seed, steps, books, B=4, T=PLACES[-1], held_rows=96):
     "Train on random rows of the books, the same for every kind, and measure by position"
     torch.manual_seed(seed)
-    cfg = config(kind, 1024, hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
-        compress_rate_hca=16, index_topk=32)
+    cfg = config(kind, 1024, **dict(hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
+        compress_rate_hca=16, index_topk=32) | (FULL if kind=='full' else {}))
     whale,rng,start = use(Whale(cfg)),random.Random(seed),time.process_time()
     def rows():
         some = rng.choices(books[0], [len(b) for b in books[0]], k=B)
@@ -174,29 +189,29 @@ def look(folder):
     for h in hooks: h.remove()
     return dict(tokens=[tokenizer.decode([i]) for i in ids[0].tolist()], layers=rows)
 
-if __name__=='__main__':
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('recall', 'books', 'decode', 'look'))
-    parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS))
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS), help='of books')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of books')
+    parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--data', help='books, a jsonl file')
     parser.add_argument('--lengths', nargs='+', type=int, default=[2**i for i in range(9, 17)])
     parser.add_argument('--model', default='v4', help='checkpoint folder to look into')
-    parser.add_argument('--out')
+    options(parser, 'results/WHAT.json')
     args = parser.parse_args()
-    command,out = f'python tests/tools/recall.py {args.what}',args.out or f'results/{args.what}.json'
-    if args.what=='decode':
-        for r in decode(args.lengths): print(r, flush=True); add_to(out, r | provenance(command), ('kind', 'context'))
+    command,args.out = f'python tests/tools/recall.py {args.what}',args.out.replace('WHAT', args.what)
+    if args.what=='recall': go(list(recalls(args.steps)), args, f'{command} --steps {args.steps}')
+    elif args.what=='decode':
+        for r in decode(args.lengths): print(r, flush=True); add_to(args.out, r | provenance(command), ('kind', 'context'))
     elif args.what=='look':
         found = look(args.model) | provenance(f'{command} --model {Path(args.model).name}')
-        Path(out).write_text(json.dumps(found)+'\n')
-    elif args.what=='books' and not (args.data and Path(args.data).exists()): print(f'no books at {args.data}: nothing measured (pass --data FILE.jsonl)')
+        Path(args.out).write_text(json.dumps(found)+'\n')
+    elif not (args.data and Path(args.data).exists()): print(f'no books at {args.data}: nothing measured (pass --data FILE.jsonl)')
     else:
-        more = dict(books=read_books(args.data)) if args.what=='books' else {}
-        said = f'{command} --data {Path(args.data).name}' if more else command
-        for seed in args.seeds:
-            for kind in args.kinds:
-                r = (read if more else recall)(kind, seed, args.steps, **more)
-                add_to(out, r | provenance(f'{said} --kinds {kind} --seeds {seed} --steps {args.steps}'), ('kind', 'seed'))
-                print({k: v for k,v in r.items() if k not in ('curve', 'far')}, flush=True)
+        books = read_books(args.data)
+        for seed,kind in product(args.seeds, args.kinds):
+            said = f'{command} --data {Path(args.data).name} --kinds {kind} --seeds {seed} --steps {args.steps}'
+            add_to(args.out, read(kind, seed, args.steps, books) | provenance(said), ('kind', 'seed'))
+
+if __name__=='__main__': main()
