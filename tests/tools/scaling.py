@@ -39,8 +39,8 @@ def sizes(width):
         sliding_window=256, num_nextn_predict_layers=0)
 
 def recipe(width, budget):
-    "`whale` without MTP, and with rates that fall as one over the root of the width (0.012 and 0.02 were tuned at 128)"
-    base = get_recipe('tiny', mtp_weight=0.)
+    "The default recipe without MTP, in bf16 as the GPU run is; rates fall as one over the root of the width (0.012 and 0.02 at 128)"
+    base = get_recipe('tiny', mtp_weight=0., precision='bf16')
     f = (128/width)**0.5
     return replace(base, steps=budget//base.targets, lr=round(base.lr*f, 5), muon_lr=round(base.muon_lr*f, 5))
 
