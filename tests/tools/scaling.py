@@ -28,7 +28,6 @@ from plans import Run, go, options, pace
 
 WIDTHS = {32: 2, 48: 3, 80: 4, 128: 5}            # width -> layers; the card has 320 and 8
 BUDGETS = 2**18,2**19,2**20                       # targets
-SEEDS = range(2)
 CHARS = 8_000_000                                 # of text, in the order of the GPU run
 
 def sizes(width):
@@ -85,11 +84,11 @@ def measure(source, width, budget, seed):
         trunk=whale.n_params(mtp=False)-tables, tables=tables, held_out_bytes=held.n_bytes, rows=len(rows['docs']), steps=r.steps, lr=r.lr,
         muon_lr=r.muon_lr, skipped=last['skipped'], cpu_seconds=round(seconds, 1))
 
-def runs(source):
+def runs(source, seeds):
     def seconds(width, budget):
         r = recipe(width, budget)
         return r.steps*pace(sizes(width), r)+20
-    for seed,budget,width in product(SEEDS, BUDGETS, WIDTHS):
+    for seed,budget,width in product(range(seeds), BUDGETS, WIDTHS):
         yield Run(dict(width=width, targets=budget, seed=seed), f'width {width}', partial(seconds, width, budget),
             partial(measure, source, width, budget, seed))
 
@@ -97,9 +96,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', required=True, help='folder of text, as `gpu.py pack` takes it')
     p.add_argument('--tokenizer', required=True, help="folder of V4's tokenizer")
+    p.add_argument('--seeds', type=int, default=2, help='of each size and budget; none: 2')
     options(p, 'results/scaling_law.json')
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        go(list(runs((args.data, args.tokenizer, folder))), args, 'python tests/tools/scaling.py --data DATA --tokenizer FOLDER')
+        go(list(runs((args.data, args.tokenizer, folder), args.seeds)), args, 'python tests/tools/scaling.py --data DATA --tokenizer FOLDER')
 
 if __name__=='__main__': main()
