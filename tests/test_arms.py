@@ -1,7 +1,10 @@
 """The campaigns of part 5: how rates are tuned, what arms change, and which runs a bug needs (tests/tools/arms.py, bug_runs.py, pairs.py)"""
+import json
+import numpy as np
 import pytest, torch
-import arms, bug_runs, bugs, pairs
+import arms, bug_runs, bugs, pairs, scaling
 from nanowhale.fast.bench import add_to
+from nanowhale.lab.scaling import fit, law
 from nanowhale.model.hyper import HyperConnection
 from nanowhale.train.data import embedded_corpus, split_held_out
 
@@ -102,3 +105,27 @@ def test_drafts_start_from_held_out_text():
     starts = pairs.beginnings(Tok())
     assert len(starts)==pairs.TEXTS
     for ids in starts: assert any(t.encode().startswith(bytes(ids[0,1:].tolist())) for t in held)
+
+def test_the_fit_finds_a_law_again_and_what_is_held_stays():
+    "Also far outside, where nothing was measured, if there is no noise"
+    w = torch.tensor([-.2, 3., .35, 4., .4], dtype=torch.float64)
+    N,D = (torch.tensor(x, dtype=torch.float64) for x in zip(*((n, d) for n in (8e4, 3e5, 9e5, 3e6) for d in (2.6e5, 5e5, 1e6))))
+    exact = law(w, N, D)
+    assert (law(fit(N, D, exact), N, D)/exact-1).abs().max()<1e-3
+    far = torch.tensor(3e7, dtype=torch.float64),torch.tensor(1e8, dtype=torch.float64)
+    assert abs(law(fit(N, D, exact), *far)/law(w, *far)-1)<.05
+    held = fit(N, D, exact, ((-50., 2., .1, 3., .1),), torch.tensor([True, False, False, False, False]))
+    assert held[0]==-50
+
+def test_sizes_of_the_small_law_keep_the_cards_proportions():
+    for width in scaling.WIDTHS:
+        cfg = scaling.sizes(width)
+        assert cfg.vocab_size==129280 and cfg.moe_intermediate_size==2*width and cfg.num_nextn_predict_layers==0
+    for budget in scaling.BUDGETS: assert scaling.recipe(128, budget).steps*scaling.recipe(128, budget).targets==budget
+    assert scaling.recipe(128, 2**18).lr==0.012 and scaling.recipe(32, 2**18).lr==0.024
+
+def test_text_of_the_small_law_comes_in_the_order_of_the_gpu_run(tmp_path):
+    docs = [f'{i} '+'word '*50 for i in range(40)]
+    (tmp_path/'a.jsonl').write_text(''.join(json.dumps(dict(text=t))+'\n' for t in docs))
+    got = [json.loads(line)['text'] for line in open(scaling.text(str(tmp_path/'a.jsonl'), str(tmp_path)))]
+    assert got==[docs[i] for i in np.random.default_rng(0).permutation(40)]

@@ -6,7 +6,7 @@
 
 A pair shares seed, first weights and rows. `--seeds 1` first: a bug that leaves that training as it is, to the bit, gets no other seed.
 """
-import argparse, hashlib, time
+import argparse, hashlib, math, time
 from contextlib import nullcontext
 from functools import cache, partial
 from statistics import mean
@@ -32,7 +32,9 @@ def begin(b, far, seed, steps):
     small = dict(batch_size=2, accum=4) if b and b.check is accumulation_changes_nothing else {}
     return ablate.begin('base', seed, 'plain', **SIZES | (FAR if far else {}) | small, steps=steps)
 
-def score(held, whale): return {k: round(v, 4) for k,v in held.scores(whale).items() if k in ('loss', 'mtp_loss', 'bits_per_byte')}
+def rounded(x): return round(x, 4) if math.isfinite(x) else None
+
+def score(held, whale): return {k: rounded(v) for k,v in held.scores(whale).items() if k in ('loss', 'mtp_loss', 'bits_per_byte')}
 
 def digest(whale): return hashlib.sha256(b''.join(v.contiguous().numpy().tobytes() for v in whale.state_dict().values())).hexdigest()[:12]
 
@@ -55,8 +57,8 @@ def train(b, far, seed, steps):
     right,_,held = begin(None, far, seed, steps)
     right.load_state_dict(end)
     n = steps//PIECES
-    def curve(name): return [round(mean(m[name] for m in told[j:j+n]), 4) for j in range(0, n*PIECES, n)]
-    watched = {name: round(mean(m[name] for m in told[-n:]), 4) for name in WATCHED if name in told[-1]}
+    def curve(name): return [rounded(mean(m[name] for m in told[j:j+n])) for j in range(0, n*PIECES, n)]
+    watched = {name: rounded(mean(m[name] for m in told[-n:])) for name in WATCHED if name in told[-1]}
     return dict(end=digest(whale), curve=curve('loss'), mtp_curve=curve('mtp_loss'), said=said, loaded=loaded, right=score(held, right),
         skipped=sum(m['skipped'] for m in told), cpu_seconds=round(seconds, 1), **watched)
 
