@@ -45,6 +45,8 @@ def bug_difference(
     mine = [r for r in bug_runs() if r['name'].startswith(begins)]
     if len({r['name'] for r in mine})!=1:
         raise ValueError(f'{begins!r} begins the names of {len({r["name"] for r in mine})} bugs')
+    if any(r['skipped'] for r in mine):
+        raise ValueError(f'{begins}: not every run could take its steps')
     def of(runs, code): return by_seed([r | dict(loss=r[code][loss]) for r in runs], 'loss')
     right = bug_runs(name='right', far=mine[0]['far'])
     return mine[0]['name'], paired(of(mine, code), of(right, 'said'))
