@@ -30,7 +30,7 @@ from nanowhale.train.loop import HeldOut, keep_freed_memory
 from nanowhale.train.optim import make_optimizers, split_params
 from nanowhale.train.recipe import get_recipe
 from nanowhale.train.step import train_step
-from plans import Run, beyond, go, options
+from plans import Run, beyond, go, options, seconds_of
 
 TINY = {name: getattr(tiny(), name) for name in ablate.SMALL if hasattr(tiny(), name)} | dict(batch_size=8, context=256)
 STEPS = get_recipe('tiny').steps
@@ -132,10 +132,7 @@ def seconds(arm, tried=2):
     "Processor seconds of a step"
     torch.set_num_threads(1)
     _,step,_ = begin(arm, first_rates(arm), 0, tried+1, 0)
-    step(0)
-    began = time.process_time()
-    for i in range(1, tried+1): step(i)
-    return (time.process_time()-began)/tried
+    return seconds_of(step, tried)
 
 def pace(arm, repeats=10):
     "A step's cost as a multiple of the base's, in turns: every ratio"

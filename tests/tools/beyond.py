@@ -6,7 +6,7 @@
 
 Runs are kept one by one in results/NAME.json (tests/tools/plans.py), and the chapters read them there by arm and seed.
 """
-import argparse, time
+import argparse
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -18,7 +18,7 @@ from nanowhale.lab.ablate import begin, train_one, words
 from nanowhale.lab.compare import start_by_name
 from nanowhale.model.hyper import HyperHead
 from nanowhale.train.loop import keep_freed_memory
-from plans import Run, go, options
+from plans import Run, go, options, seconds_of
 from beyond_csa2 import csa2
 from beyond_dspark import SPARK_TRUNK, dspark
 from beyond_indexer import indexer
@@ -51,10 +51,7 @@ def pace(arm, tried=3):
     "Processor seconds of one of its steps"
     torch.set_num_threads(1)
     _,step,_ = begin('base', 0, steps=tried+1, **arm.options(0, []))
-    step(0)
-    began = time.process_time()
-    for i in range(1, tried+1): step(i)
-    return (time.process_time()-began)/tried
+    return seconds_of(step, tried)
 
 def runs(campaign, arms, steps):
     "Seed by seed, so that every arm has as many pairs as any other whenever it is stopped"

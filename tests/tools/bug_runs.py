@@ -16,7 +16,7 @@ from nanowhale.lab import ablate
 from nanowhale.model.config import CSA, HCA
 from nanowhale.train.loop import keep_freed_memory
 from bugs import BUGS, accumulation_changes_nothing, every_token_is_a_target_once, planted
-from plans import Run, go, options
+from plans import Run, go, options, seconds_of
 
 SIZES = dict(context=64, sliding_window=16, hc_sinkhorn_iters=4)     # over those of 42_ablate
 FAR = dict(layer_types=(CSA,HCA), mlp_layer_types=('hash_moe','moe'), compress_rate_csa=4, compress_rate_hca=16, index_n_heads=2,
@@ -67,10 +67,7 @@ def pace(far, tried=3):
     "Processor seconds of a step"
     torch.set_num_threads(1)
     _,step,_ = begin(None, far, 0, tried+1)
-    step(0)
-    began = time.process_time()
-    for i in range(1, tried+1): step(i)
-    return (time.process_time()-began)/tried
+    return seconds_of(step, tried)
 
 def runs(steps, seeds, path):
     "Seed by seed: the right whales, then every bug that changes what is trained"

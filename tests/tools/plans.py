@@ -47,6 +47,13 @@ def table(runs, left):
     lines.append(f'{len(left)} of {len(runs)} runs are to be made: about {hours:.1f} hours of one core, by the pace measured now')
     return '\n'.join(lines)
 
+def seconds_of(step, tried=3):
+    "Processor seconds of `step(i)`, the mean of a few after a first"
+    step(0)
+    began = time.process_time()
+    for i in range(1, tried+1): step(i)
+    return (time.process_time()-began)/tried
+
 @cache
 def pace(cfg, recipe, steps=3, kind=Whale):
     "Processor seconds of a training step, the least of those after a first"
