@@ -44,6 +44,11 @@ def test_other_arms_wait_for_the_base_and_scale_its_rates():
     assert len(list(arms.runs('judge', ['base'], entries)))==len(arms.JUDGING)
     assert {r.key['seed'] for r in arms.runs('judge', ['base'], entries)}.isdisjoint({arms.TUNING})
 
+def test_the_default_rates_are_judged_as_they_are():
+    recipe = arms.get_recipe('tiny')
+    assert arms.tuned([], 'untuned')==(dict(muon_lr=recipe.muon_lr, lr=recipe.lr), [])
+    assert len(list(arms.runs('judge', ['untuned'], [])))==len(arms.JUDGING)
+
 def test_steps_in_the_same_time():
     entries = [dict(stage='pace', arm='half', ratios=[0.5, 0.4, 0.6]), dict(stage='pace', arm='full', ratios=[1.04])]
     assert arms.in_time(entries, 'half')==2*arms.STEPS and arms.in_time(entries, 'full') is None and arms.in_time(entries, 'base') is None
