@@ -246,7 +246,7 @@ def bench(
 # %% ../nbs/appendix/91_cli.ipynb #0fee69d9
 def ablate(
     name:Param('the part to exchange (a wrong name lists them), or all', str, opt=False),
-    seeds:int=3,             # runs of each variant
+    seeds:int=5,             # runs of each variant
     steps:int=60,            # of the base
     out:str='ablate.json',   # file to add the figures to; what it holds is not measured again
 ):

@@ -1,11 +1,12 @@
 """An ablation changes what it names and nothing else, and compares like with like"""
-import json
+import json, math
 from dataclasses import asdict
 import pytest, torch
 from nanowhale.lab import ablate
 from nanowhale.train import data
-from nanowhale.lab.ablate import (ABLATIONS, Nothing, against_base, begin, entries, kept,
-    routing_by_lot, setup, steps_for, table, train_one)
+from nanowhale.lab.ablate import (ABLATIONS, Nothing, against_base, begin, cost_of, entries, gained_by_steps, kept,
+    routing_by_lot, setup, steps_for, table, told, train_one)
+from nanowhale.lab.compare import paired
 from nanowhale.presets import count_params
 from nanowhale.model.hyper import HyperConnection
 from nanowhale.model.whale import Whale
@@ -87,14 +88,14 @@ def test_runs_of_a_seed_read_the_same_rows(monkeypatch):
     assert all(torch.equal(seen['base', i], seen['dense', i]) for i in (0, 1)) and not torch.equal(seen['base', 0], seen['base', 1])
 
 def test_a_run_of_two_steps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, 'pace', lambda name: 0.5)
+    monkeypatch.setattr(ablate, 'pace', lambda name: [0.5, 0.5])
     found = ablate.ablate('one_stream', seeds=2, steps=2, out=tmp_path/'a.json')
     assert [(r['name'], r['seed'], r['equal'], r.get('steps')) for r in found]==[('base', 0, 'tokens', 2), ('one_stream', 0, 'tokens', 2),
         ('base', 1, 'tokens', 2), ('one_stream', 1, 'tokens', 2), ('one_stream', 0, 'pace', None), ('one_stream', 0, 'time', 4), ('one_stream', 1, 'time', 4)]
     for r in found:
         assert r.keys()>={'command', 'commit', 'hardware'}
         assert r['equal']=='pace' or r['skipped']==0 and 0<r['bits_per_byte']<20 and 'cpu_seconds' in r
-    assert 'one_stream       0.50x' in capsys.readouterr().out
+    assert 'one_stream    0.50x +-0.00' in capsys.readouterr().out
     def again(*a): raise RuntimeError('measured twice')
     for what in ('train_one', 'pace'): monkeypatch.setattr(ablate, what, again)
     assert ablate.ablate('one_stream', seeds=2, steps=2, out=tmp_path/'a.json')==found     # what is there is not measured again
@@ -106,7 +107,7 @@ def test_a_pace_is_a_ratio_of_times(monkeypatch):
     monkeypatch.setattr(ablate.time, 'process_time', lambda: clock[0])
     def begun(name, **kw): return None,lambda i: clock.__setitem__(0, clock[0]+(2 if name=='base' else 3)),None
     monkeypatch.setattr(ablate, 'begin', begun)
-    assert ablate.pace('dense')==1.5
+    assert ablate.pace('dense', 3)==[1.5]*3
 
 def test_a_run_can_be_repeated():
     once,again = (train_one('window_8', 0, 2) for _ in range(2))
@@ -117,15 +118,59 @@ def test_unknown_names_are_answered(tmp_path):
     assert not (tmp_path/'a.json').exists()
 
 def test_equal_time_is_more_steps_for_a_faster_step():
-    assert [steps_for(p, 100) for p in (0.5, 1.25, 0.96, 1., 1.04)]==[200, 80, 100, 100, 100]
+    assert [steps_for(cost_of(r), 100) for r in ([.5, .5], [1.25, 1.25], [.94, 1.04, .99], [.97, .97, .971])]==[200, 80, 100, 103]
+
+def test_the_cost_of_a_step_has_the_interval_of_its_logarithms():
+    ratios = [1.1, 1.2, 1.4]
+    d,x = cost_of(ratios),torch.tensor(ratios, dtype=torch.float64).log()
+    assert abs(d.mean-x.mean())<1e-9 and abs(d.high-d.mean-4.302653*x.std()/3**.5)<1e-5
+
+def made(*rows):
+    return [dict(name=n, seed=s, equal=e, base_steps=10, steps=k, bits_per_byte=b) for n,s,e,k,b in rows]
+
+PAIRS = made(('base', 0, 'tokens', 10, 3.), ('base', 1, 'tokens', 10, 4.), ('base', 2, 'tokens', 10, 5.),
+    ('dense', 1, 'tokens', 10, 4.5), ('dense', 0, 'tokens', 10, 3.1), ('dense', 2, 'tokens', 10, 5.3), ('dense', 3, 'tokens', 10, 9.))
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
-    rows = [dict(name=n, seed=s, equal=e, base_steps=10, bits_per_byte=b) for n,s,e,b in [('base', 0, 'tokens', 3.), ('base', 1, 'tokens', 4.),
-        ('dense', 1, 'tokens', 4.5), ('dense', 0, 'tokens', 3.1), ('dense', 0, 'time', 2.9), ('dense', 2, 'tokens', 9.)]]
-    assert against_base(rows, 'dense')==[0.1, 0.5] and against_base(rows, 'dense', 'time')==[-0.1, 0.5]
-    assert '+0.300 +- 0.283' in table(rows)
-    (tmp_path/'a.json').write_text(json.dumps(rows))
-    assert entries(tmp_path/'a.json', 10)==rows and entries(tmp_path/'a.json', 11)==[]
+    d = against_base(PAIRS, 'dense')
+    assert abs(d.mean-.3)<1e-9 and abs(d.sd-.2)<1e-9 and d.n==3 and against_base(PAIRS, 'dense', 'time') is None
+    assert str(d) in table(PAIRS) and against_base(PAIRS[:4], 'dense') is None
+    (tmp_path/'a.json').write_text(json.dumps(PAIRS))
+    assert entries(tmp_path/'a.json', 10)==PAIRS and entries(tmp_path/'a.json', 11)==[]
+
+def test_the_error_of_the_pace_widens_the_interval_at_equal_time():
+    "As much as the steps may be off, times what a step gains; by hand"
+    again = made(*(('dense', s, 'time', 20, b) for s,b in enumerate((2.9, 4.2, 5.1))))
+    pace = [dict(name='dense', equal='pace', ratios=[.4, .5, .6])]
+    runs = PAIRS+again+pace
+    gained = ((2.9-3.1)+(4.2-4.5)+(5.1-5.3))/3/math.log(2)
+    assert abs(gained_by_steps(runs)-gained)<1e-9
+    d = against_base(runs, 'dense', 'time')
+    plain = paired({0: 2.9, 1: 4.2, 2: 5.1}, {0: 3., 1: 4., 2: 5.})
+    off = cost_of(pace[0]['ratios'])
+    want = math.sqrt((plain.high-plain.mean)**2+(gained*(off.high-off.mean))**2)
+    assert abs(d.mean-plain.mean)<1e-9 and abs(d.high-d.mean-want)<1e-9 and abs(d.mean-d.low-want)<1e-9 and d.p>plain.p
+    exact = against_base(PAIRS+again+[pace[0] | dict(ratios=[.5, .5, .5])], 'dense', 'time')
+    assert abs(exact.high-plain.high)<1e-9 and abs(exact.p-plain.p)<1e-9
+
+def test_stars_are_corrected_for_all_comparisons():
+    other = [r | dict(name='sigmoid', bits_per_byte=r['bits_per_byte']+1+.001*r['seed']) for r in PAIRS[:3]]
+    found = told(PAIRS+other)
+    raw = {k: against_base(PAIRS+other, k[0]).p for k in found}
+    assert found['sigmoid', 'tokens'][1]==2*raw['sigmoid', 'tokens']<.05<found['dense', 'tokens'][1]
+    assert [line.count('*') for line in table(PAIRS+other).splitlines()[3:]]==[0, 1]
+
+def test_runs_of_a_seed_begin_with_the_same_weights(monkeypatch):
+    "Also where a variant lacks parts that come before, or has others"
+    first = {}
+    def step(net, whale, opts, rows, recipe, i):
+        first.setdefault(name, {k: v.clone() for k,v in whale.state_dict().items()})
+        return dict(loss=1., load_entropy=0., skipped=0)
+    monkeypatch.setattr(ablate, 'train_step', step)
+    for name in ('base', 'one_stream', 'no_shared', 'vocab_512'): train_one(name, 1, 1)
+    for name,some in first.items():
+        alike = [k for k,v in some.items() if k in first['base'] and v.shape==first['base'][k].shape]
+        assert len(alike)>20 and all(torch.equal(some[k], first['base'][k]) for k in alike), name
 
 def test_what_stays_in_a_stream():
     whale,_,held = begin('base', steps=2)

@@ -361,5 +361,5 @@ def test_a_command_passes_its_words_on_in_their_places(monkeypatch):
     cli.bench(**given)
     cli.ablate('mtp', steps=9)
     cli.ladder('plain', seeds=1)
-    assert got==dict(bench=given, ablate=dict(name='mtp', seeds=3, steps=9, out='ablate.json'),
+    assert got==dict(bench=given, ablate=dict(name='mtp', seeds=5, steps=9, out='ablate.json'),
         ladder=dict(name='plain', seeds=1, steps=400, out='ladder.json'))

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', 'setup', 'words', 'material', 'begin',
-           'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'pace', 'steps_for', 'entries', 'against_base',
-           'pace_of', 'shown', 'table', 'ablate']
+           'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'pace', 'cost_of', 'steps_for', 'entries', 'pace_of',
+           'widened', 'gained_by_steps', 'against_base', 'told', 'table', 'ablate']
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #5b84218e
-import time
+import math, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean
 import torch
 from torch import nn
 from ..model.config import WhaleConfig
@@ -31,7 +31,8 @@ from ..train.loop import HeldOut, hardware, keep_freed_memory, make_tokenizer
 from ..generate.sample import whole_number
 from ..fast.kernels import use
 from ..fast.bench import add_to, read_entries
-from .compare import commit
+from nanowhale.lab.compare import (Difference, by_seed, commit, holm, paired, start_by_name,
+    t_quantile, t_within)
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #42c67490
 # what all of them share, over `tiny` and its recipe
@@ -185,6 +186,7 @@ def train_one(
 ) -> dict:         # what was measured
     "Train one variant from nothing, and measure it on text it has not seen"
     whale,step,held = begin(name, seed, steps=steps, **more)
+    start_by_name(whale, seed)
     some = {k: v[:8] for k,v in held.rows.items()}
     before = kept(whale, some)
     start = time.process_time()
@@ -205,9 +207,9 @@ def train_one(
 # %% ../../nbs/5_evidence/42_ablate.ipynb #34219d0b
 def pace(
     name:str,         # one of `ABLATIONS`
-    repeats:int=6,    # steps of each that count
-) -> float:           # above 1: slower than the base
-    "Processor seconds of one training step, as a multiple of the base's, measured in turns"
+    repeats:int=10,   # steps of each that count
+) -> list[float]:     # one for each pair of steps; above 1: slower than the base
+    "Processor seconds of training steps, as multiples of the base's, measured in turns"
     def seconds(step, i):
         start = time.process_time()
         step(i)
@@ -215,15 +217,23 @@ def pace(
     _,base,_ = begin('base', steps=repeats+2)
     _,other,_ = begin(name, steps=repeats+2)
     ratios = [seconds(other, i)/seconds(base, i) for i in range(repeats+2)]
-    return round(median(ratios[2:]), 3)
+    return [round(r, 3) for r in ratios[2:]]
+
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #2fd073e5
+def cost_of(
+    ratios:list[float],   # from `pace`
+) -> Difference:          # of the logarithms: above 0, slower than the base
+    "What a step costs beside the base's, with its interval"
+    return paired({i: math.log(r) for i,r in enumerate(ratios)}, dict.fromkeys(range(len(ratios)), 0.))
+
 def steps_for(
-    pace:float,  # of the variant
-    steps:int,   # of the base
-) -> int:        # the same, where a step costs the same to within five per cent
+    cost:Difference,  # from `cost_of`
+    steps:int,        # of the base
+) -> int:             # the same, where the interval cannot tell the two apart
     "How long to train a variant so that it takes as long as the base"
-    return steps if abs(pace-1)<=0.05 else round(steps/pace)
+    return steps if cost.low<=0<=cost.high else round(steps/math.exp(cost.mean))
+
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #fb991f8b
 def entries(
@@ -234,59 +244,91 @@ def entries(
     return [r for r in read_entries(path) if r.get('base_steps')==steps]
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #0948c018
+def pace_of(
+    runs:list[dict],   # from `entries`
+    name:str,          # one of `ABLATIONS`
+) -> Difference|None:
+    "The cost of its step beside the base's; None, where it has not been measured"
+    ratios = (r['ratios'] for r in runs if r['name']==name and r['equal']=='pace')
+    return next(map(cost_of, ratios), None)
+
+def widened(
+    d:Difference,
+    shared:float,   # half the interval of an error that all pairs share
+) -> Difference:
+    "A difference with a second, independent error"
+    t = t_quantile(d.n-1)
+    half = math.hypot(d.high-d.mean, shared)
+    p = 1-t_within(abs(d.mean)/half*t, d.n-1) if half else d.p
+    return d._replace(low=d.mean-half, high=d.mean+half, p=p)
+
+
+# %% ../../nbs/5_evidence/42_ablate.ipynb #5550c9d4
+def gained_by_steps(
+    runs:list[dict],   # from `entries`
+) -> float:            # bits per byte for each unit of the logarithm of steps, mostly below 0
+    "What longer training gained: the slope through all variants trained at two lengths"
+    def short(run): return next(r for r in runs if r['equal']=='tokens'
+        and (r['name'], r['seed'])==(run['name'], run['seed']))
+    both = [(r, short(r)) for r in runs if r['equal']=='time']
+    longer = [math.log(long['steps']/brief['steps']) for long,brief in both]
+    gained = [long['bits_per_byte']-brief['bits_per_byte'] for long,brief in both]
+    return sum(x*y for x,y in zip(longer, gained))/sum(x*x for x in longer) if both else 0.
+
 def against_base(
     runs:list[dict],         # from `entries`
     name:str,                # one of `ABLATIONS`
     equal:str='tokens',      # or time
-    what:str='bits_per_byte',
-) -> list[float]:            # one for each seed; above 0: worse than the base
-    "Differences from the base, seed by seed; a variant as fast as it has one run for both"
-    def of(name, equal):
-        return {r['seed']: r[what] for r in runs if r['name']==name and r['equal']==equal}
-    cost = pace_of(runs, name)
-    steps = max((r.get('base_steps', 100) for r in runs), default=100)
-    one_run = cost is None or steps_for(cost, steps)==steps
-    base = of('base', 'tokens')
-    mine = (of(name, 'tokens') if one_run else {}) | of(name, equal)
-    return [round(mine[s]-base[s], 4) for s in sorted(mine.keys() & base.keys())]
+) -> Difference|None:        # bits per byte, above 0: worse than the base; None for fewer than two pairs
+    "Its difference from the base; a variant as fast as it has one run for both"
+    base = by_seed(runs, 'bits_per_byte', name='base', equal='tokens')
+    mine = by_seed(runs, 'bits_per_byte', name=name, equal='tokens')
+    if equal=='time':
+        cost = pace_of(runs, name)
+        if cost is None: return None
+        again = by_seed(runs, 'bits_per_byte', name=name, equal='time')
+        if not cost.low<=0<=cost.high: mine = again
+    if len(mine.keys() & base.keys())<2: return None
+    d = paired(mine, base)
+    if equal=='tokens': return d
+    return widened(d, gained_by_steps(runs)*(cost.high-cost.mean))
 
-# %% ../../nbs/5_evidence/42_ablate.ipynb #5550c9d4
-def pace_of(
-    runs:list[dict],   # from `entries`
-    name:str,          # one of `ABLATIONS`
-) -> float|None:
-    "The cost of its step, as a multiple of the base's; None, where it has not been measured"
-    paces = (r['pace'] for r in runs if r['name']==name and r['equal']=='pace')
-    return next(paces, None)
-
-# %% ../../nbs/5_evidence/42_ablate.ipynb #fcf30196
-def shown(
-    x:list[float],   # one value a seed
-) -> str:
-    "Mean and standard deviation, as far as there are enough values for them"
-    return f'{mean(x):+.3f} +- {stdev(x):.3f}' if len(x)>1 else f'{x[0]:+.3f}' if x else '-'
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #51dd57a5
+def told(
+    runs:list[dict],   # from `entries`
+) -> dict:             # (name, tokens or time) -> (its `Difference`, the corrected p-value)
+    "Every variant beside the base, corrected for as many comparisons as there are"
+    names = dict.fromkeys(r['name'] for r in runs if r['name']!='base')
+    found = {(n, equal): d for n,equal in product(names, ('tokens', 'time'))
+        if (d := against_base(runs, n, equal))}
+    corrected = holm({key: d.p for key,d in found.items()})
+    return {key: (d, corrected[key]) for key,d in found.items()}
+
 def table(
     runs:list[dict],   # from `entries`
 ) -> str:
     "Every variant beside the base"
+    found = told(runs)
     base = [r['bits_per_byte'] for r in runs if r['name']=='base']   # it has no other entries
     lines = [f'base: {mean(base):.3f} held-out bits per byte, {len(base)} seeds. '
         'Differences from it, above zero for worse:', '',
-        f"{'':12}{'step costs':>10}{'equal tokens':>18}{'equal time':>18}"]
+        f"{'':12}{'step costs':>14}{'equal tokens':>27}{'equal time':>27}"]
+    def shown(key):
+        d,p = found.get(key, (None, 1.))
+        return f'{d}{"*" if p<.05 else " "}' if d else '- '
     for name in dict.fromkeys(r['name'] for r in runs if r['name']!='base'):
         cost = pace_of(runs, name)
-        step = f'{cost:.2f}x' if cost else '-'
-        tokens = shown(against_base(runs, name))
-        seconds = shown(against_base(runs, name, 'time')) if cost else '-'
-        lines.append(f'{name:12}{step:>10}{tokens:>18}{seconds:>18}')
+        times = math.exp(cost.mean) if cost else None
+        step = f'{times:.2f}x +-{times*(cost.high-cost.mean):.2f}' if cost else '-'
+        lines.append(f'{name:12}{step:>14}{shown((name, "tokens")):>27}{shown((name, "time")):>27}')
     return '\n'.join(lines)
+
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #278e6dba
 def ablate(
     name:str,                # a part's name, or all
-    seeds:int=3,             # runs of each variant
+    seeds:int=5,             # runs of each variant
     steps:int=60,            # of the base; the learning rate falls to the end of it
     out:str='ablate.json',   # file to add the figures to; what it holds is not measured again
 ) -> list[dict]:             # all entries of the file with as many steps
@@ -304,7 +346,7 @@ def ablate(
         key = dict(name=name, seed=seed, base_steps=steps, equal=equal)
         if any(r.items()>=key.items() for r in entries(out, steps)): return
         add_to(out, key | measure() | about, tuple(key))
-    def measure_pace(name): return dict(pace=pace(name))
+    def measure_pace(name): return dict(ratios=pace(name))
     for seed,n in product(range(seeds), names):
         once(n, seed, 'tokens', partial(train_one, n, seed, steps))
     for seed,n in product(range(seeds), names[1:]):
