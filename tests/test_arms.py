@@ -50,7 +50,7 @@ def test_the_default_rates_are_judged_as_they_are():
     assert len(list(arms.runs('judge', ['untuned'], [])))==len(arms.JUDGING)
 
 def test_steps_in_the_same_time():
-    entries = [dict(stage='pace', arm='half', ratios=[0.5, 0.4, 0.6]), dict(stage='pace', arm='full', ratios=[1.04])]
+    entries = [dict(stage='pace', arm='half', ratios=[0.5, 0.4, 0.625]), dict(stage='pace', arm='full', ratios=[1.04, .98, 1.01])]
     assert arms.in_time(entries, 'half')==2*arms.STEPS and arms.in_time(entries, 'full') is None and arms.in_time(entries, 'base') is None
 
 @pytest.fixture

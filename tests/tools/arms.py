@@ -15,7 +15,6 @@ factor on both is tuned. Several rounds of `tune` may be needed: each makes what
 import argparse, time
 from functools import cache, partial
 from itertools import permutations
-from statistics import median
 import torch
 from torch import nn
 from nanowhale.fast.bench import read_entries
@@ -169,9 +168,9 @@ def tuned(entries, arm):
     return best, todo
 
 def in_time(entries, arm):
-    "Steps that take as long as those of the base; None where its pace is not known or the same to five per cent"
-    ratios = next((e['ratios'] for e in entries if (e['stage'], e['arm'])==('pace', arm)), [1.])
-    steps = ablate.steps_for(median(ratios), STEPS)
+    "Steps that take as long as those of the base; None where its pace is not known, or not to be told from the base's"
+    ratios = next((e['ratios'] for e in entries if (e['stage'], e['arm'])==('pace', arm)), None)
+    steps = ablate.steps_for(ablate.cost_of(ratios), STEPS) if ratios else STEPS
     return None if steps==STEPS else steps
 
 def runs(stage, arms, entries):
