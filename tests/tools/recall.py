@@ -11,6 +11,7 @@ earlier pair; the value of a repeated pair can be known, and it is all that is l
 2 to 32 keys, so that some are easy; those to measure on have all 32. The distance is counted in tokens, from a value to the
 same value when it was last read. In a loose text a token that says nothing stands before every second pair, by lot, so that no
 block of a compressor holds whole pairs by its place. `full` sees the whole row: what attention could do that forgets nothing.
+`window_told` and `full_told` are `window` and `full` whose embedding also tells which token stood before, as an entry does.
 
 Books: rows of 1,024 tokens from anywhere in a book (a jsonl file whose rows have `title` and `text`); the loss on books held
 out, by how much of the book stands before a token.
@@ -22,6 +23,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 import torch
+from torch import nn
 from torch.nn import functional as F
 from nanowhale.model.config import CSA, HCA, SWA, WhaleConfig
 from nanowhale.beyond.indexer import judged, recall_of
@@ -38,9 +40,10 @@ from nanowhale.train.loop import keep_freed_memory
 from plans import Run, go, options
 from runs import provenance
 
-FULL = dict(sliding_window=1024)             # of the kind that sees everything
+FULL = dict(sliding_window=1024)             # of the kinds that see everything
 KEYS = 32                                    # as many values; ids 1 to KEYS, and on from there
-KINDS = dict(window=(SWA,SWA,SWA), full=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SWA,CSA,HCA))
+KINDS = dict(window=(SWA,SWA,SWA), full=(SWA,SWA,SWA), csa=(SWA,CSA,CSA), hca=(SWA,HCA,HCA), all=(SWA,CSA,HCA),
+    window_told=(SWA,SWA,SWA), full_told=(SWA,SWA,SWA))    # told: with each token, which one stood before it
 EDGES = (2, 10, 18, 34, 66, 128)             # distances, always even, are counted from one to the next; a window of 8 reaches back to 8
 PLACES = (0, 32, 64, 128, 256, 512, 1024)    # so are positions in a row of a book
 
@@ -66,6 +69,21 @@ def config(kind, vocab_size=2*KEYS+1, **sizes):
         q_lora_rank=64, o_groups=2, o_lora_rank=32, sliding_window=8, max_position_embeddings=1024, moe_intermediate_size=64, n_routed_experts=2,
         num_experts_per_tok=1, hc_mult=2, hc_sinkhorn_iters=6, num_nextn_predict_layers=0, layer_types=KINDS[kind], compress_rate_csa=2,
         compress_rate_hca=4, index_n_heads=4, index_head_dim=16, index_topk=4, bos_token_id=None, eos_token_id=None) | sizes)
+
+class Told(nn.Module):
+    "An embedding that also tells of each token which one stood before it"
+    def __init__(self, table):
+        super().__init__()
+        self.table,self.before = table,nn.Linear(table.embedding_dim, table.embedding_dim, bias=False)
+    def forward(self, ids):
+        x = self.table(ids)
+        return x+F.pad(self.before(x), (0, 0, 1, -1))
+
+def build(kind, seed, **sizes):
+    "A fresh whale of a kind"
+    whale = Whale(config(kind, **sizes | (FULL if kind.startswith('full') else {})))
+    if kind.endswith('told'): whale.model.embed_tokens = Told(whale.model.embed_tokens)
+    return use(start_by_name(whale, seed))
 
 @torch.no_grad()
 def accuracy(whale, T, rng, loose, rows=192):
@@ -101,14 +119,14 @@ def fit(whale, rows, steps, dense=0.5, lr=4e-3, muon_lr=1e-2):
 def recall(kind, loose, seed, steps, B=16, T=128):
     keep_freed_memory()
     rng,probe = random.Random(seed),stream(16, T, random.Random(7), loose=loose)[0]
-    whale = use(start_by_name(Whale(config(kind, **FULL if kind=='full' else {})), seed))
+    whale = build(kind, seed)
     before,start = recall_of_indexer(whale, probe),time.process_time()
     curve = fit(whale, lambda: stream(B, T, rng, 2, loose)[:2], steps)
     return dict(tokens=steps*B*T, edges=EDGES, accuracy=accuracy(whale, T, random.Random(999), loose),
         indexer=[before, recall_of_indexer(whale, probe)], curve=curve, cpu_seconds=round(time.process_time()-start))
 
-def recalls(steps):
-    for seed,loose,kind in product(range(5), (False, True), KINDS):
+def recalls(steps, kinds):
+    for seed,loose,kind in product(range(5), (False, True), kinds):
         yield Run(dict(kind=kind, loose=loose, seed=seed, steps=steps), f'{kind}{", loose" if loose else ""}', lambda: steps*0.25,
             partial(recall, kind, loose, seed, steps))
 
@@ -129,9 +147,9 @@ def by_position(whale, rows):
 def read(kind, seed, steps, books, B=4, T=PLACES[-1], held_rows=96):
     "Train on random rows of the books, the same for every kind, and measure by position"
     torch.manual_seed(seed)
-    cfg = config(kind, 1024, **dict(hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
-        compress_rate_hca=16, index_topk=32) | (FULL if kind=='full' else {}))
-    whale,rng,start = use(Whale(cfg)),random.Random(seed),time.process_time()
+    whale = build(kind, seed, vocab_size=1024, hidden_size=96, moe_intermediate_size=128, sliding_window=32, compress_rate_csa=4,
+        compress_rate_hca=16, index_topk=32)
+    rng,start = random.Random(seed),time.process_time()
     def rows():
         some = rng.choices(books[0], [len(b) for b in books[0]], k=B)
         ids = torch.stack([b[i:i+T] for b in some for i in [rng.randrange(len(b)-T)]])
@@ -192,7 +210,7 @@ def look(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('recall', 'books', 'decode', 'look'))
-    parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS), help='of books')
+    parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS), help='of attention; none: all')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of books')
     parser.add_argument('--steps', type=int, help='none: 200 for recall, 300 for books')
     parser.add_argument('--data', help='books, a jsonl file')
@@ -202,7 +220,7 @@ def main():
     args = parser.parse_args()
     command,args.out = f'python tests/tools/recall.py {args.what}',args.out.replace('WHAT', args.what)
     args.steps = args.steps or dict(recall=200).get(args.what, 300)
-    if args.what=='recall': go(list(recalls(args.steps)), args, f'{command} --steps {args.steps}')
+    if args.what=='recall': go(list(recalls(args.steps, args.kinds)), args, f'{command} --steps {args.steps}')
     elif args.what=='decode':
         for r in decode(args.lengths): print(r, flush=True); add_to(args.out, r | provenance(command), ('kind', 'context'))
     elif args.what=='look':
