@@ -207,7 +207,7 @@ def train_one(
 # %% ../../nbs/5_evidence/42_ablate.ipynb #34219d0b
 def pace(
     name:str,         # one of `ABLATIONS`
-    repeats:int=10,   # steps of each that count
+    repeats:int=20,   # steps of each that count
 ) -> list[float]:     # one for each pair of steps; above 1: slower than the base
     "Processor seconds of training steps, as multiples of the base's, measured in turns"
     def seconds(step, i):
