@@ -1,5 +1,5 @@
 """The campaigns of part 5: how rates are tuned, what arms change, and which runs a bug needs (tests/tools/arms.py, bug_runs.py, pairs.py)"""
-import json
+import json, math
 import numpy as np
 import pytest, torch
 import arms, bug_runs, bugs, pairs, scaling
@@ -32,6 +32,17 @@ def test_tuning_walks_until_both_neighbours_are_worse():
 def test_rates_are_tuned_one_after_the_other():
     best,_ = tune('adamw_apart', valley(muon_lr=0.003, lr=0.024, head=4.))
     assert best==dict(muon_lr=0.003, lr=0.024, head=4.)
+
+def test_the_last_factor_is_on_all_rates():
+    "So that the base is tuned along the line on which its variants are"
+    asked = []
+    def bits(rates):
+        asked.append(rates)
+        return valley(**arms.ARMS['adamw_apart'].start)(rates)
+    best,_ = tune('adamw_apart', bits)
+    assert best==arms.ARMS['adamw_apart'].start and dict(muon_lr=0.012, lr=0.012, head=1.) in asked
+    def along(rates): return abs(math.log2(rates['muon_lr']/rates['lr']*0.6))*9+abs(math.log2(rates['lr']/0.048))
+    assert tune('base', along)[0]==dict(muon_lr=0.08, lr=0.048)
 
 def test_other_arms_wait_for_the_base_and_scale_its_rates():
     assert arms.tuned([], 'half')==(arms.ARMS['base'].start, None)

@@ -9,8 +9,8 @@
     python tests/tools/arms.py judge --arms base adamw          only these; --part 0/2 for one of two processes
 
 Held-out documents are dealt out in turn: the even ones to tuning, the odd ones to judging. Tuning goes rate by rate, in steps of
-two, until the best value has worse ones on both sides; an arm that has no rates of its own starts from the base's best, and one
-factor on both is tuned. Several rounds of `tune` may be needed: each makes what the last one asks for.
+two, until the best value has worse ones on both sides, and last one factor on all of them. An arm that has no rates of its own
+starts from the base's best, and has the factor only. Several rounds of `tune` may be needed: each makes what the last one asks for.
 """
 import argparse, time
 from functools import cache, partial
@@ -77,10 +77,10 @@ class Arm:
 
 HALF = dict(hidden_size=64, head_dim=16, qk_rope_head_dim=8, q_lora_rank=32, o_lora_rank=16, moe_intermediate_size=64)
 ARMS = dict(
-    base=Arm(tuned=('muon_lr', 'lr'), start=dict(muon_lr=0.02, lr=0.012)),
+    base=Arm(tuned=('muon_lr', 'lr', 'both'), start=dict(muon_lr=0.02, lr=0.012)),
     untuned=Arm(tuned=(), start=dict(muon_lr=0.02, lr=0.012)),   # the default recipe's rates, as they are
     adamw=Arm(tuned=('lr',), start=dict(muon_lr=0., lr=0.006)),
-    adamw_apart=Arm(tuned=('muon_lr', 'lr', 'head'), start=dict(muon_lr=0.006, lr=0.006, head=1.)),
+    adamw_apart=Arm(tuned=('muon_lr', 'lr', 'head', 'both'), start=dict(muon_lr=0.006, lr=0.006, head=1.)),
     one_stream=Arm(hc_mult=1), four_0=Arm(without_rounds), four_2=Arm(hc_sinkhorn_iters=2),
     two_0=Arm(without_rounds, hc_mult=2), two_2=Arm(hc_mult=2, hc_sinkhorn_iters=2), two_20=Arm(hc_mult=2),
     permutations=Arm(by_permutations),
@@ -153,8 +153,9 @@ def tuned(entries, arm):
     if todo or todo is None: return best, None
     for name in ARMS[arm].tuned:
         def scaled(x, name=name, best=best):
-            "All rates, with one of them, or both, times x"
-            return {k: float(f'{v*x:.6g}') if name in (k, 'both') else v for k,v in best.items()}
+            "All rates, with one of them times x, or all; `head` is no rate but a multiple of one"
+            def moves(k): return k==name or name=='both' and k!='head'
+            return {k: float(f'{v*x:.6g}') if moves(k) else v for k,v in best.items()}
         grid = [0.5, 1., 2.]
         while not todo:
             bits = {x: found.get(tuple(sorted(scaled(x).items()))) for x in grid}
