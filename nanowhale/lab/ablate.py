@@ -225,7 +225,8 @@ def cost_of(
     ratios:list[float],   # from `pace`
 ) -> Difference:          # of the logarithms: above 0, slower than the base
     "What a step costs beside the base's, with its interval"
-    return paired({i: math.log(r) for i,r in enumerate(ratios)}, dict.fromkeys(range(len(ratios)), 0.))
+    logs = {i: math.log(r) for i,r in enumerate(ratios)}
+    return paired(logs, dict.fromkeys(logs, 0.))
 
 def steps_for(
     cost:Difference,  # from `cost_of`
@@ -279,7 +280,7 @@ def against_base(
     runs:list[dict],         # from `entries`
     name:str,                # one of `ABLATIONS`
     equal:str='tokens',      # or time
-) -> Difference|None:        # bits per byte, above 0: worse than the base; None for fewer than two pairs
+) -> Difference|None:        # bits per byte, above 0: worse; None for fewer than two pairs
     "Its difference from the base; a variant as fast as it has one run for both"
     base = by_seed(runs, 'bits_per_byte', name='base', equal='tokens')
     mine = by_seed(runs, 'bits_per_byte', name=name, equal='tokens')
