@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', 'setup', 'words', 'material', 'begin',
-           'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'pace', 'cost_of', 'steps_for', 'entries', 'pace_of',
-           'widened', 'gained_by_steps', 'against_base', 'told', 'table', 'ablate']
+           'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'in_turns', 'pace', 'cost_of', 'as_fast',
+           'steps_for', 'entries', 'pace_of', 'widened', 'gained_by_steps', 'against_base', 'told', 'table', 'ablate']
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #5b84218e
 import math, time
@@ -31,8 +31,8 @@ from ..train.loop import HeldOut, hardware, keep_freed_memory, make_tokenizer
 from ..generate.sample import whole_number
 from ..fast.kernels import use
 from ..fast.bench import add_to, read_entries
-from nanowhale.lab.compare import (Difference, by_seed, commit, holm, paired, start_by_name,
-    t_quantile, t_within)
+from .compare import Difference, by_seed, commit, holm, paired, start_by_name
+from .compare import t_quantile, t_within
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #42c67490
 # what all of them share, over `tiny` and its recipe
@@ -205,19 +205,25 @@ def train_one(
         curve=[round(mean(losses[i:i+n]), 3) for i in range(0, steps, n)])
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #34219d0b
-def pace(
-    name:str,         # one of `ABLATIONS`
-    repeats:int=20,   # steps of each that count
+def in_turns(
+    base:Callable,    # takes step i
+    other:Callable,   # likewise
+    repeats:int,      # steps of each that count, after two that do not
 ) -> list[float]:     # one for each pair of steps; above 1: slower than the base
-    "Processor seconds of training steps, as multiples of the base's, measured in turns"
+    "Processor seconds of steps, as multiples of the base's"
     def seconds(step, i):
         start = time.process_time()
         step(i)
         return time.process_time()-start
-    _,base,_ = begin('base', steps=repeats+2)
-    _,other,_ = begin(name, steps=repeats+2)
     ratios = [seconds(other, i)/seconds(base, i) for i in range(repeats+2)]
     return [round(r, 3) for r in ratios[2:]]
+
+def pace(
+    name:str,         # one of `ABLATIONS`
+    repeats:int=20,   # steps of each that count
+) -> list[float]:     # as `in_turns`
+    "What a training step costs, as multiples of the base's"
+    return in_turns(*(begin(n, steps=repeats+2)[1] for n in ('base', name)), repeats)
 
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #2fd073e5
@@ -228,12 +234,14 @@ def cost_of(
     logs = {i: math.log(r) for i,r in enumerate(ratios)}
     return paired(logs, dict.fromkeys(logs, 0.))
 
+def as_fast(cost): return cost.low<=0<=cost.high   # as the base, as far as anyone can tell
+
 def steps_for(
     cost:Difference,  # from `cost_of`
     steps:int,        # of the base
 ) -> int:             # the same, where the interval cannot tell the two apart
     "How long to train a variant so that it takes as long as the base"
-    return steps if cost.low<=0<=cost.high else round(steps/math.exp(cost.mean))
+    return steps if as_fast(cost) else round(steps/math.exp(cost.mean))
 
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #fb991f8b
@@ -282,13 +290,11 @@ def against_base(
     equal:str='tokens',      # or time
 ) -> Difference|None:        # bits per byte, above 0: worse; None for fewer than two pairs
     "Its difference from the base; a variant as fast as it has one run for both"
+    cost = pace_of(runs, name) if equal=='time' else None
+    if equal=='time' and cost is None: return None
+    trained = 'tokens' if cost is None or as_fast(cost) else 'time'
     base = by_seed(runs, 'bits_per_byte', name='base', equal='tokens')
-    mine = by_seed(runs, 'bits_per_byte', name=name, equal='tokens')
-    if equal=='time':
-        cost = pace_of(runs, name)
-        if cost is None: return None
-        again = by_seed(runs, 'bits_per_byte', name=name, equal='time')
-        if not cost.low<=0<=cost.high: mine = again
+    mine = by_seed(runs, 'bits_per_byte', name=name, equal=trained)
     if len(mine.keys() & base.keys())<2: return None
     d = paired(mine, base)
     if equal=='tokens': return d

@@ -137,12 +137,7 @@ def seconds(arm, tried=2):
 def pace(arm, repeats=10):
     "A step's cost as a multiple of the base's, in turns: every ratio"
     steps = [begin(name, first_rates(name), 0, repeats+2, 0)[1] for name in ('base', arm)]
-    def took(step, i):
-        began = time.process_time()
-        step(i)
-        return time.process_time()-began
-    costs = [[took(step, i) for step in steps] for i in range(repeats+2)][2:]
-    return dict(ratios=[round(b/a, 3) for a,b in costs])
+    return dict(ratios=ablate.in_turns(*steps, repeats))
 
 # ---------------------------------------------------------------- which runs
 

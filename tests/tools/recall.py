@@ -218,7 +218,7 @@ def main():
     options(parser, 'results/WHAT.json')
     args = parser.parse_args()
     command,args.out = f'python tests/tools/recall.py {args.what}',args.out.replace('WHAT', args.what)
-    args.steps = args.steps or dict(recall=200).get(args.what, 300)
+    args.steps = args.steps or (200 if args.what=='recall' else 300)
     if args.what=='recall': go(list(recalls(args.steps, args.kinds)), args, f'{command} --steps {args.steps}')
     elif args.what=='decode':
         for r in decode(args.lengths): print(r, flush=True); add_to(args.out, r | provenance(command), ('kind', 'context'))
