@@ -60,6 +60,10 @@ def test_the_default_rates_are_judged_as_they_are():
     assert arms.tuned([], 'untuned')==(dict(muon_lr=recipe.muon_lr, lr=recipe.lr), [])
     assert len(list(arms.runs('judge', ['untuned'], [])))==len(arms.JUDGING)
 
+def test_a_doubt_is_settled_by_seeds_that_have_judged_nothing():
+    seeds = {stage: {r.key['seed'] for r in arms.runs(stage, ['untuned'], [])} for stage in ('judge', 'again')}
+    assert len(seeds['again'])==len(seeds['judge']) and not seeds['again'] & (seeds['judge'] | {arms.TUNING})
+
 def test_steps_in_the_same_time():
     entries = [dict(stage='pace', arm='half', ratios=[0.5, 0.4, 0.625]), dict(stage='pace', arm='full', ratios=[1.04, .98, 1.01])]
     assert arms.in_time(entries, 'half')==2*arms.STEPS and arms.in_time(entries, 'full') is None and arms.in_time(entries, 'base') is None

@@ -5,6 +5,7 @@
     python tests/tools/arms.py judge            five seeds, equal tokens, at the best rates
     python tests/tools/arms.py pace             what a step costs beside the base's, in turns
     python tests/tools/arms.py time             five seeds, as many steps as fit into the base's time
+    python tests/tools/arms.py again            five seeds more, as judge, where correction has left a doubt
 
     python tests/tools/arms.py judge --arms base adamw          only these; --part 0/2 for one of two processes
 
@@ -33,7 +34,7 @@ from plans import Run, beyond, go, options, seconds_of
 
 TINY = {name: getattr(tiny(), name) for name in ablate.SMALL if hasattr(tiny(), name)} | dict(batch_size=8, context=256)
 STEPS = get_recipe('tiny').steps
-TUNING,JUDGING = 100, range(5)     # seeds
+TUNING,JUDGING,AGAIN = 100, range(5), range(5, 10)     # seeds
 
 # ---------------------------------------------------------------- what differs
 
@@ -179,8 +180,8 @@ def runs(stage, arms, entries):
         if stage=='tune': plan = [(rates, TUNING, STEPS, 0) for rates in todo or ()]
         elif todo or todo is None: continue
         else:
-            steps = STEPS if stage=='judge' else in_time(entries, arm)
-            plan = [(best, seed, steps, 1) for seed in JUDGING if steps]
+            steps = in_time(entries, arm) if stage=='time' else STEPS
+            plan = [(best, seed, steps, 1) for seed in (AGAIN if stage=='again' else JUDGING) if steps]
         for rates,seed,steps,half in plan:
             key = dict(stage=stage, arm=arm, seed=seed, steps=steps) | (dict(rates=rates) if stage=='tune' else {})
             yield Run(key, arm, partial(cost, arm, steps), partial(measure, arm, rates, seed, steps, half))
@@ -189,7 +190,7 @@ def cost(arm, steps): return steps*seconds(arm)+5
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('stage', choices=('tune', 'judge', 'pace', 'time'))
+    p.add_argument('stage', choices=('tune', 'judge', 'pace', 'time', 'again'))
     p.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS), metavar='ARM', help=f'of {", ".join(ARMS)}; none: all')
     options(p, 'results/arms.json')
     args = p.parse_args()
