@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'ABLATIONS', 'Nothing', 'without_sinks', 'without_shared', 'setup', 'words', 'material', 'begin',
            'watching_kept', 'kept', 'routing_by_lot', 'train_one', 'in_turns', 'pace', 'cost_of', 'as_fast',
-           'steps_for', 'entries', 'pace_of', 'widened', 'gained_by_steps', 'against_base', 'told', 'table', 'ablate']
+           'steps_for', 'entries', 'pace_of', 'gained_by_steps', 'against_base', 'told', 'table', 'ablate']
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #5b84218e
 import math, time
@@ -31,8 +31,7 @@ from ..train.loop import HeldOut, hardware, keep_freed_memory, make_tokenizer
 from ..generate.sample import whole_number
 from ..fast.kernels import use
 from ..fast.bench import add_to, read_entries
-from .compare import Difference, by_seed, commit, holm, paired, start_by_name
-from .compare import t_quantile, t_within
+from .compare import Difference, by_seed, commit, holm, paired, start_by_name, widened
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #42c67490
 # what all of them share, over `tiny` and its recipe
@@ -260,17 +259,6 @@ def pace_of(
     "The cost of its step beside the base's; None, where it has not been measured"
     ratios = (r['ratios'] for r in runs if r['name']==name and r['equal']=='pace')
     return next(map(cost_of, ratios), None)
-
-def widened(
-    d:Difference,
-    shared:float,   # half the interval of an error that all pairs share
-) -> Difference:
-    "A difference with a second, independent error"
-    t = t_quantile(d.n-1)
-    half = math.hypot(d.high-d.mean, shared)
-    p = 1-t_within(abs(d.mean)/half*t, d.n-1) if half else d.p
-    return d._replace(low=d.mean-half, high=d.mean+half, p=p)
-
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #5550c9d4
 def gained_by_steps(
