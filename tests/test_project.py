@@ -166,6 +166,13 @@ def test_every_figure_is_told_in_words(nb):
     silent = [text for text in drawn if not re.search(r'^#\|\s*fig-alt: .{30}', text, flags=re.M)]
     assert not silent, f'{nb.name}: {silent[0][:80]}'
 
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_a_cell_prints_is_kept(nb):
+    "A `;` at a cell's end silences more than its value: nbdev's shell then drops what the cell has printed, too"
+    cells = [''.join(c['source']).rstrip() for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    lost = [text for text in cells if text.endswith(';') and re.search(r'\b(print|bug_table|ladder_table)\(', text)]
+    assert not lost, f'{nb.name}: {lost[0][-80:]}'
+
 @pytest.mark.parametrize('module', [m for m in MODULES if m.parent.name=='model'], ids=dotted)
 def test_the_model_is_plain(module):
     "No kernel, compiler flag, device test or file, and nothing of the other packages: `fast`, `train` and `generate` come after it"

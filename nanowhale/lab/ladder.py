@@ -158,7 +158,7 @@ def held_out_bits(
 
 @torch.no_grad()
 def written(
-    model,         # from [B,T] bytes to something with [B,T,V] logits
+    model,         # a function: [B,T] bytes -> [B,T,V] logits
     prompt:str,    # ASCII
     n:int=200,     # bytes to write
     heat:float=0.6,# temperature

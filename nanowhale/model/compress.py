@@ -81,7 +81,7 @@ class Indexer(Compressor):
 
 # %% ../../nbs/1_architecture/07_compress.ipynb #78953432
 def choose(scores, seen, k):   # [B,T,C]; [B or 1,T,C] entries behind each query; how many
-    "Of the entries behind a query, the k that score highest; of equals, the later"
+    "Where queries read [B,T,C]: the k best scores among entries behind each; of equals, the later"
     seen = seen.expand_as(scores)
     if scores.shape[-1]<=k: return seen
     scores = scores.detach().masked_fill(~seen, float('-inf'))
@@ -92,14 +92,14 @@ def choose(scores, seen, k):   # [B,T,C]; [B or 1,T,C] entries behind each query
     return seen & (better | (equal & (equal.cumsum(-1)<=room)).flip(-1))
 
 # %% ../../nbs/1_architecture/07_compress.ipynb #242d79d5
-def far_sums(q, far, lse, seen):   # queries, entries, log-sum-exp of `attend`, what was seen
+def far_sums(q, far, lse, seen):   # [B,T,H,K]; entries [B,C,K]; [B,T,H] from `attend`; [B or 1,T,C]
     "What attention gave to each entry [B,T,C], all heads together"
     z = upcast(torch.einsum('bthk,bck->bthc', q, far))*q.shape[-1]**-0.5
     return (z-lse[...,None]).exp().masked_fill(~seen[:,:,None], 0).sum(2)
 
 @torch.no_grad()
-def far_weights(q, far, lse, seen):
-    "How attention divided what it gave to entries: `far_sums`, summing to one where any was seen"
+def far_weights(q, far, lse, seen):   # as `far_sums`
+    "How attention divided what it gave to entries [B,T,C]: sums to one where any was seen"
     p = far_sums(q, far, lse, seen)
     return p/p.sum(-1, keepdim=True).clamp(min=1e-20)
 

@@ -59,7 +59,7 @@ def number_of(
 
 def is_held_out(
     text:str,          # one document
-    one_in:int=20,     # how many documents there are to each that is held out
+    one_in:int=20,     # one document in so many is held out
 ) -> bool:
     "Does this document belong to the held-out part? Its content alone decides"
     return number_of(text)%one_in==0
@@ -67,7 +67,7 @@ def is_held_out(
 # %% ../../nbs/2_training/13_data.ipynb #80cb5a72
 def split_held_out(
     texts:Iterable[str],   # documents
-    one_in:int=20,         # how many documents there are to each that is held out
+    one_in:int=20,         # one document in so many is held out
 ) -> tuple[list[str], list[str]]:  # training and held-out documents
     "Training and held-out documents: copies of one document are on the same side"
     parts = [],[]
@@ -106,7 +106,7 @@ def pack(
     context:int,             # T, targets in a row
     pad:int=1,               # id that fills the last row; no token sees it, it is never a target
 ) -> dict[str, Tensor]:      # input_ids and docs, [rows,T+1] each
-    "Documents end to end, in rows that overlap by one token: each token is a target exactly once"
+    "Documents end to end, in rows that overlap by one, so that a token is predicted at one place"
     ids = torch.tensor([t for d in docs for t in d])
     doc = torch.tensor([i for i,d in enumerate(docs) for _ in d])
     n = max(1, -(-(len(ids)-1)//context))

@@ -94,7 +94,7 @@ def keep_freed_memory():
 def make_tokenizer(
     recipe:Recipe,     # its data and tokenizer
     vocab_size:int,    # V of the model
-    one_in:int,        # share of the data that is held out
+    one_in:int,        # one document in so many is held out
     saved:Path|None,   # folder that holds the run's tokenizer already
 ):  # -> a transformers tokenizer
     "The run's tokenizer, checked against the model's vocabulary"
@@ -129,14 +129,16 @@ class HeldOut:
     def scores(self, whale): return evaluate(whale, self.rows, self.n_bytes, self.batch_size)
 
 # %% ../../nbs/2_training/22_loop.ipynb #e0dfe91e
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'L40S': 362e12,
-    'L4': 121e12, '4090': 165e12, '3090': 71e12, 'T4': 65e12}   # 16-bit, dense
+PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
+    'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, '4090': 165e12, '3090': 71e12,
+    'T4': 65e12}   # 16-bit, dense
 
 def peak_flops(
     name:str,   # of a GPU, as torch gives it
 ) -> float|None:
     "The FLOP/s that a GPU could do in bf16 or fp16 at its peak, by its data sheet; None: not known"
-    return next((f for key,f in PEAKS.items() if key in name), None)
+    if 'Laptop' in name: return None   # slower, under the same number
+    return next((f for key,f in PEAKS.items() if re.search(rf'\b{key}\b', name)), None)
 
 # %% ../../nbs/2_training/22_loop.ipynb #52139965
 def hardware(

@@ -113,7 +113,7 @@ RECIPES = dict(   # preset -> name -> recipe
         card=Recipe(**LARGE, **CARD, lr=6e-4),
         chat=Recipe(**LARGE | dict(steps=500, evals=5, data=None, tokenizer=None), **CHAT, lr=1e-4,
             bias_speed=1e-3)))
-# of equal size, so far without values of their own
+# of equal size: the same recipes
 RECIPES |= dict(tiny_v4=RECIPES['tiny'], nanowhale_v4=RECIPES['nanowhale_100m'])
 
 # %% ../../nbs/2_training/17_recipe.ipynb #628dd99c

@@ -80,7 +80,7 @@ def pack_texts(
     texts:list[str],   # documents
     context:int,       # T, targets in a row
 ) -> dict[str, Tensor]:  # input_ids and docs, [rows,T+1] each
-    "Documents as rows of tokens, each of which is a target"
+    "Documents as packed rows of tokens"
     filler = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     return pack(encode(tok, texts), context, filler)
 
@@ -93,7 +93,7 @@ class Blocks(IterableDataset):
         context:int,           # T, targets in a row
         field:str='text',      # where a row of the source keeps its text
         chars:int=10_000_000,  # of text in a block: what is shuffled together
-        one_in:int=20,         # share of the documents that is held out; see `is_held_out`
+        one_in:int=20,         # one document in so many is held out
         seed:int=0,            # of the order
         start:dict|None=None,  # number and position of the first block; None: the beginning
         pack=pack_texts,       # makes rows of documents; they may hold `labels` too
@@ -238,7 +238,7 @@ def warn_of_padding(
 def first_held_out(
     data:str|None,       # what `open_texts` takes
     field:str,           # where a row keeps its text
-    one_in:int,          # share, see `is_held_out`
+    one_in:int,          # one document in so many is held out
     chars:int,           # enough of them
     limit:int,           # characters after which to stop looking
 ) -> tuple[list[str], int, int]:  # held-out documents, how many others, and the largest number
