@@ -130,8 +130,8 @@ class HeldOut:
 
 # %% ../../nbs/2_training/22_loop.ipynb #e0dfe91e
 PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
-    'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, '4090': 165e12, '3090': 71e12,
-    'T4': 65e12}   # 16-bit, dense
+    'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+    '4090': 165e12, '3090': 71e12, 'T4': 65e12}   # 16-bit, dense
 
 def peak_flops(
     name:str,   # of a GPU, as torch gives it
