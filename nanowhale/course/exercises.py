@@ -177,7 +177,7 @@ def _left(rate=0.02, factor=None, decay=0.1, steps=150):
 def _weights_left(): return _left()
 
 @mistake('weights_left',
-    'the rate is at its peak for 45 of the 150 steps only: look at the drawing')
+    'the rate is at its peak for 47 of the 150 steps only: look at the drawing')
 def _always_at_the_peak(): return _left(factor=1)
 
 @mistake('weights_left', 'a matrix is Muon\'s, with a rate of 0.02: you took that of AdamW')

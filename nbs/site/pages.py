@@ -108,8 +108,8 @@ def course_page():
         if whole(steps):
             out.append(f'From {link(steps[0])} to {link(steps[-1])} in the order below, with [every exercise](exercises.md).')
         else: out.append('\n'.join(f'1. {link(f)} · {reading(f):.0f} minutes' for f in steps))
-    out.append('## Every chapter\n\nEach part is a folder of `nbs/`. A chapter needs only those before it, '
-        'and of libraries PyTorch alone.')
+    out.append('## Every chapter\n\nEach part is a folder of `nbs/`. A chapter builds only on those before it; '
+        'tables of stored runs come from the appendix.')
     asked_in = [e['chapter'] for e in exercises()]
     for part,(name,what) in PARTS.items():
         at = [f for f in chapters() if f.parent.name==part]

@@ -1,4 +1,4 @@
-// DeepSeek-V4 for one token at a time, in plain JavaScript: the formulas of nanowhale's rope, mla, moe, hyper, block, mtp and model.
+// DeepSeek-V4 for one token at a time, in plain JavaScript: the formulas of nanowhale.model's rope, attention, moe, hyper, block, mtp and whale.
 // D hidden, N streams, H heads, K head dim, R rope dim, E experts, V vocabulary. Vectors and matrices are flat arrays, rows first;
 // sums run in double precision, what is kept is float32.
 
