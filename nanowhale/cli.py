@@ -9,7 +9,7 @@ __all__ = ['MODEL', 'COMMANDS', 'VALUES', 'OLD', 'train', 'find', 'load', 'read_
 
 # %% ../nbs/appendix/91_cli.ipynb #ab77253d
 import argparse, inspect, os, shutil, signal, sys, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from fastcore.docments import docments
 from fastcore.script import Param, store_true
@@ -140,7 +140,7 @@ def chat(
     most = min(max_new_tokens, whale.cfg.max_position_embeddings//2)
     conversation = Chat(whale, tok, most, system, **rules)
     if sys.stdin.isatty():
-        import readline   # noqa: F401  lets `input` edit its line
+        with suppress(ImportError): import readline   # noqa: F401  `input` can then edit its line
         talk(conversation, input)
     else: talk(conversation, lambda prompt: input())
 
@@ -169,7 +169,8 @@ def evaluate(
     sizes = dict(context=context, batch_size=batch_size, documents=documents)
     for name,value in sizes.items(): whole_number(name, value, 1)
     place = find(model, device)
-    texts = list(islice(read_texts(data, field), documents)) if data else held_out_texts(None)[0]
+    texts = read_texts(data, field) if data else held_out_texts(None)[0]
+    texts = list(islice(texts, documents))
     whale,tok = load(*place)
     rows = pack(encode(tok, texts), context, tok.pad_token_id)
     n_bytes = sum(len(t.encode()) for t in texts)

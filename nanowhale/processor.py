@@ -149,5 +149,7 @@ def differs(
     "Would this machine add up otherwise than the one that began the run?"
     if not then: return None
     if all(then.get(k)==now[k] for k in ('instructions', 'products')): return None
-    def told(f): return '{model} ({instructions}, products by {products})'.format(**f)
+    def told(f):
+        model,has,by = (f.get(k, 'unknown') for k in ('model', 'instructions', 'products'))
+        return f'{model} ({has}, products by {by})'
     return f'this run began on {told(then)} and goes on on {told(now)}: the last digits will differ'

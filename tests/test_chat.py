@@ -2,7 +2,7 @@
 
     python tests/test_chat.py --data FILE --init FOLDER [--steps N]     fine-tune a whale, before and after: results/chat.json
 """
-import argparse, json, os, platform, signal, subprocess, sys, tempfile
+import argparse, json, math, os, platform, signal, subprocess, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -241,6 +241,29 @@ def test_held_out_conversations_need_an_answer_that_fits(tok):
     texts = [json.dumps(c) for c in conversations(3)]
     with pytest.raises(ValueError, match='toy: no held-out conversation has an answer that fits'):
         C.HeldOutChats(texts, tok, Recipe(chat='toy', init='a whale', context=3), 400)
+
+def test_bits_per_byte_are_of_the_bytes_in_the_rows(tok):
+    "What was cut from a long answer costs nothing, so it may not count"
+    def held(words, context):
+        talk = [dict(role='user', content='why?'), dict(role='assistant', content='far '*words)]
+        return C.HeldOutChats([json.dumps(talk)], tok, Recipe(chat='toy', init='a whale', context=context), 400)
+    whole,cut = held(10, 200),held(200, 32)
+    assert whole.targets()==[('far '*10).strip()] and whole.n_bytes==39
+    assert 0<cut.n_bytes<100 and set(cut.targets()[0].split())=={'far'}
+
+def test_a_first_message_that_is_too_long_ends_no_run(tok):
+    talk = [dict(role='user', content='please '*80), dict(role='assistant', content='No.')]
+    held = C.HeldOutChats([json.dumps(talk)], tok, Recipe(chat='toy', init='a whale', context=900), 400)
+    whale = Whale(get_preset('tiny', vocab_size=400, num_hidden_layers=1, max_position_embeddings=128)).eval()
+    assert 'this message is too long' in held.sample(whale)
+
+def test_a_failed_answer_leaves_no_question_behind(tok):
+    whale = small()
+    chat = C.Chat(whale, tok, 5)
+    assert C.obey(chat, '/save nowhere/x.jsonl')=='(nothing was said yet)'
+    with torch.no_grad(): whale.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match='not finite'): chat.answer('hi', write=len)
+    assert chat.messages==[]
 
 def test_empty_places_are_for_nobody(tok):
     "Neither the load of a block nor that of the MTP block counts them, and two tokens stand before every answer"

@@ -5,8 +5,10 @@
 """
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
-import pytest
-from nanowhale.train.checkpoint import Claim, checkpoints, drop_metrics, link, prune, read_metrics
+import pytest, torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from nanowhale.train.checkpoint import Claim, checkpoints, drop_metrics, link, load_trainer_state, noting_signals, prune, read_metrics
 from nanowhale.train.files import atomic_folder
 from nanowhale.model.whale import Whale
 from nanowhale.train.files import atomic
@@ -24,6 +26,31 @@ def place(folder):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory): return place(tmp_path_factory.mktemp('runs'))
+
+# ---------------------------------------------------------------- what is loaded
+
+def test_a_loaded_optimizer_is_where_a_fresh_one_would_be():
+    "On a GPU a fused step looks for its count there, and fails where it finds it on the CPU (tensors without storage: no GPU is needed)"
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(4, 3, device='cuda'))
+    with FakeTensorMode():
+        whale = Model()
+        fresh,loaded = (torch.optim.AdamW(whale.parameters(), fused=True) for _ in range(2))
+        whale.p.grad = torch.zeros(4, 3, device='cuda')
+        fresh.step()
+        state = {f'0.p.{k}': torch.zeros(v.shape) for k,v in fresh.state[whale.p].items()}
+        load_trainer_state(whale, [loaded], state | dict(rng=torch.get_rng_state()))
+        kept = [{k: v.device.type for k,v in opt.state[whale.p].items()} for opt in (fresh, loaded)]
+    assert kept[0]==kept[1]==dict(step='cuda', exp_avg='cuda', exp_avg_sq='cuda')
+
+def test_only_a_second_ctrl_c_is_raised():
+    with noting_signals() as noted:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)                     # the step under way is still finished
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
+    assert noted==[signal.SIGTERM, signal.SIGINT]
 
 # ---------------------------------------------------------------- kills
 

@@ -120,7 +120,8 @@ def test_candidates_beside_a_loop():
 @pytest.mark.parametrize('wrong,says', [
     (dict(compress_ratios=(0, 2, 1)), 'must have 5 entries'), (dict(kv_source_layer_ids=(1,)), 'must name layer 3, the first of ratio 1'),
     (dict(kv_source_layer_ids=(0, 1, 3)), 'layer 0 compresses nothing'), (dict(index_source_layer_ids=(1, 3, 9)), 'layer 9 compresses nothing'),
-    (dict(candidate_source_layer_id=2), 'one of index_source_layer_ids'), (dict(candidate_topk_blocks=1), 'too few for index_topk=3')])
+    (dict(candidate_source_layer_id=2), 'one of index_source_layer_ids'), (dict(candidate_source_layer_id=1), 'later layers have another ratio'),
+    (dict(compress_ratios=(0, 2, 2, 1, 2)), 'layer 4 reads entries of ratio 1'), (dict(candidate_topk_blocks=1), 'too few for index_topk=3')])
 def test_roles_that_do_not_fit_are_refused_in_a_line(wrong, says):
     with pytest.raises(ValueError, match=says) as e: small_v41(40, **SMALL | wrong)
     assert '\n' not in str(e.value)

@@ -2,14 +2,17 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 import pytest, torch
 from torch.testing import assert_close
 import beyond_dspark as beyond
 import nanowhale.beyond.dspark as ds
 import nanowhale.generate.speculate as spec
+from nanowhale.beyond.csa2 import SharedWhale, small_v41
 from nanowhale.beyond.dspark import (BlockDrafter, DSpark, Drafted, SparkConfig, accepted, lessons, serial_flops, spark_flops, spark_loss,
     speculate_blocks, tapping)
+from nanowhale.fast.graph import Decoder
 from nanowhale.generate.cache import Cache
 from nanowhale.generate.sample import Rows, generate, left_pad
 from nanowhale.generate.speculate import Drafter
@@ -129,6 +132,15 @@ def test_greedy_is_plain_decoding(window):
         kw = dict(temperature=0, eos_token_id=[None, 3][T%2])
         assert speculate_blocks(whale, spark, ids, 6, on_round=lambda *r: rounds.append(r), **kw).equal(generate(whale, ids, 6, **kw))
     assert len({used for n,used in rounds if n==3})>1
+
+def test_a_v41_may_draft_through_the_plain_cache():
+    "Its layers have compressors that never read anything; a compressed step says that it cannot go on there"
+    torch.manual_seed(0)
+    whale = SharedWhale(small_v41(40)).eval().requires_grad_(False)
+    spark = DSpark(whale.cfg, SparkConfig((0, 1), 1, 3, 2)).eval().requires_grad_(False)
+    ids = torch.randint(2, 40, (1, 9))
+    assert speculate_blocks(whale, spark, ids, 12, temperature=0).equal(generate(whale, ids, 12, temperature=0, use_cache=False))
+    with pytest.raises(ValueError, match='layers of V4 alone'): generate(whale, ids, 4, decoder=partial(Decoder, compile=False))
 
 def test_greedy_batch_of_padded_prompts():
     whale,spark = pair(3)

@@ -94,6 +94,10 @@ def test_nothing_is_looked_up_across_a_document(longest):
             want.append(ids[b,t-d].item() if inside else 9)
         assert back[b,t].tolist()==want
 
+def test_ids_that_the_tokenizer_lacks_have_rows_too():
+    whale = add_engram(Whale(tiny_v4(64)), EngramConfig(layers=(1,), rows=64, width=2, hashes=1, longest=2), torch.arange(50)//2)
+    assert whale(torch.tensor([[3, 63, 50]])).logits.isfinite().all()
+
 # ---------------------------------------------------------------- the gate and the module
 
 def test_the_gate_is_its_formula_and_has_finite_gradients_everywhere():

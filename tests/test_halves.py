@@ -74,6 +74,11 @@ def test_later_turns_and_chunks_end_where_the_full_pass_does():
     assert_close(got, FULL[:,19:20], atol=1e-9, rtol=1e-9)
     assert cache.length==20 and {ring.length for ring in cache.layers}=={20}
 
+def test_rows_of_several_documents_are_refused_in_a_line():
+    docs = torch.zeros_like(IDS)
+    docs[0,:5] = -1
+    with replaying(W, BOUNDED), pytest.raises(ValueError, match='one document a row'): W(IDS, docs=docs)
+
 def test_blocks_are_put_back_whatever_happens():
     before = list(W.model.layers)
     with pytest.raises(RuntimeError):

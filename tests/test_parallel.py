@@ -73,6 +73,14 @@ def test_two_processes_are_one_run(alone, how, n_then):
     got = apart(want, metrics(out))
     assert got['steps']==6 and got['loss']<5e-4, got
 
+def test_rows_shorter_than_a_compressed_block(alone):
+    "Its compressor then has no gradient, in any process"
+    folder,_ = alone
+    short = [*options(3), '--preset', 'tiny_v4', '--context', 10]
+    for n in (1, 2): train(n, *short, '--out', f'short-{n}', cwd=folder)
+    got = apart(*(metrics(folder/f'short-{n}') for n in (1, 2)))
+    assert got['steps']==3 and got['loss']<5e-4, got
+
 @pytest.mark.slow
 def test_two_compiled_processes_are_one_run(alone):
     folder,want = alone

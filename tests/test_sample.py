@@ -364,7 +364,7 @@ IDS3 = torch.tensor([[5,6,7]])
     (IDS3, dict(max_new_tokens=-1), 'max_new_tokens=-1'), (IDS3, dict(temperature=-.1), 'temperature=-0.1'),
     (IDS3, dict(temperature=float('nan')), 'temperature=nan'), (IDS3, dict(top_k=-1), 'top_k=-1'), (IDS3, dict(top_p=0.), 'top_p=0.0'),
     (IDS3, dict(top_p=1.1), 'top_p=1.1'), (IDS3, dict(min_p=-.1), 'min_p=-0.1'), (IDS3, dict(min_p=1.5), 'min_p=1.5'),
-    (IDS3, dict(repetition_penalty=0.), 'repetition_penalty=0.0'),
+    (IDS3, dict(repetition_penalty=0.), 'repetition_penalty=0.0'), (IDS3, dict(repetition_penalty=1e-300), 'repetition_penalty=1e-300'),
     (IDS3, dict(top_k=4.), 'top_k=4.0: need a whole number'), (IDS3, dict(top_k='4'), "top_k='4'"), (IDS3, dict(top_k=True), 'top_k=True'),
     (IDS3, dict(top_k=torch.tensor([4,5])), 'top_k=tensor'), (IDS3, dict(max_new_tokens=2.5), 'max_new_tokens=2.5'),
     (IDS3, dict(temperature='hot'), "temperature='hot'"), (IDS3, dict(temperature=None), 'temperature=None'),

@@ -21,7 +21,7 @@ from nanowhale.model.hyper import collapse
 from nanowhale.model.rope import rotate, rope_cos_sin
 from nanowhale.model.visibility import far_rope
 from nanowhale.model.whale import Whale
-from nanowhale.presets import cache_bytes, count_flops, n_params
+from nanowhale.presets import cache_bytes, count_flops, n_params, tiny
 from nanowhale.train.optim import make_optimizers, split_params
 from nanowhale.train.recipe import Recipe
 from nanowhale.train.step import train_step
@@ -231,6 +231,7 @@ def test_the_two_sizes_are_equal():
     for cfg,kind in ((v41, WholeWhale), (v4, Whale)):
         found = params_by_role(kind(cfg))
         assert sum(found.values())==n_params(kind(cfg)) and ('tables' in found)==(kind is WholeWhale)
+    assert params_by_role(Whale(tiny(64)))['mtp']>0      # a V4 with its second prediction
     assert whole_v41(50, hidden_size=32).vocab_size==50 and equal_v4(50).vocab_size==50
 
 def test_counts():

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 import nanowhale.generate.weights as weights
 from nanowhale.model.whale import Whale
+from nanowhale.presets import tiny_v4
 from nanowhale.train.files import INDEX, WEIGHTS, atomic, read_file, read_json
 from nanowhale.generate.weights import (check_blobs, check_keys, check_types, checksum, find_folder, hub_says, n_mtp, native_name, read_config,
     read_weights, shard_names, stack_experts, translate, write_weights)
@@ -72,6 +73,30 @@ def test_there_and_back_and_there(whale, ids, tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(tmp_path/'c', **EAGER)
     same_state(hf.state_dict(), {k: v for k,v in whale.state_dict().items() if not k.startswith('mtp.')})
     assert Whale.from_pretrained(tmp_path/'c').cfg==replace(whale.cfg, num_nextn_predict_layers=0)
+
+def test_compressed_layers_there_and_back(tmp_path):
+    "transformers stores parts of compressors and indexers under other names"
+    torch.manual_seed(3)
+    cfg = replace(tiny_v4(31), num_nextn_predict_layers=0)
+    whale,ids = randomise(Whale(cfg)),torch.randint(0, 31, (2, 40))
+    whale.save_pretrained(tmp_path/'a')
+    AutoModelForCausalLM.from_pretrained(tmp_path/'a', **EAGER).save_pretrained(tmp_path/'b')
+    assert any('compressor.norm' in k for k in load_file(tmp_path/'b'/WEIGHTS))      # a name that only it writes
+    back = Whale.from_pretrained(tmp_path/'b')
+    same_state(back.state_dict(), whale.state_dict())
+    assert torch.equal(back(ids).logits, whale(ids).logits)
+
+@pytest.mark.parametrize('deepseeks,ours', [
+    ('layers.1.attn.compressor.ape', 'model.layers.1.self_attn.compressor.position_bias'),
+    ('layers.1.attn.compressor.wgate.weight', 'model.layers.1.self_attn.compressor.gate_proj.weight'),
+    ('layers.1.attn.compressor.wkv.weight', 'model.layers.1.self_attn.compressor.kv_proj.weight'),
+    ('layers.1.attn.compressor.norm.weight', 'model.layers.1.self_attn.compressor.kv_norm.weight'),
+    ('layers.1.attn.indexer.wq_b.weight', 'model.layers.1.self_attn.compressor.indexer.q_b_proj.weight'),
+    ('layers.1.attn.indexer.weights_proj.weight', 'model.layers.1.self_attn.compressor.indexer.scorer.weights_proj.weight'),
+    ('layers.1.attn.indexer.compressor.ape', 'model.layers.1.self_attn.compressor.indexer.position_bias'),
+    ('layers.1.attn.indexer.compressor.wgate.weight', 'model.layers.1.self_attn.compressor.indexer.gate_proj.weight'),
+    ('layers.1.attn.indexer.compressor.norm.weight', 'model.layers.1.self_attn.compressor.indexer.kv_norm.weight')])
+def test_names_in_deepseeks_files(deepseeks, ours): assert native_name(deepseeks)==ours
 
 def test_bfloat16(whale, ids, tmp_path):
     "Half the bytes; both libraries read the same numbers from them"
@@ -300,6 +325,12 @@ def test_damage_is_one_clear_line(damage, whale, tmp_path):
     message = str(e.value)
     print(message)
     assert '\n' not in message and len(message)<400 and all(n in message for n in names), message
+
+def test_only_a_v4_is_written(whale, tmp_path):
+    "A folder that nobody could read again is no folder"
+    whale.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='other parts'): whale.save_pretrained(tmp_path/'x')
+    assert not (tmp_path/'x').exists()
 
 def test_no_folder(tmp_path):
     for f in (tmp_path/'none', tmp_path/'file'):

@@ -36,8 +36,14 @@ def check_roles(c):   # a `V41Config`
         for i,r in enumerate(ratios):
             if r and r not in ratios[:i] and i not in ids:
                 reject(field, ids, f'must name layer {i}, the first of ratio {r}')
+    for i,r in enumerate(ratios):
+        made = [ratios[j] for j in c.kv_source_layer_ids if j<=i]
+        if r and made and r!=made[-1]:
+            reject('compress_ratios', ratios, f'layer {i} reads entries of ratio {made[-1]}')
     if s is not None and s not in c.index_source_layer_ids:
         reject('candidate_source_layer_id', s, 'must be None or one of index_source_layer_ids')
+    if s is not None and {r for r in ratios[s:] if r}!={ratios[s]}:
+        reject('candidate_source_layer_id', s, 'later layers have another ratio')
     if s is not None and (c.candidate_topk_blocks-1)*c.candidate_block_size<c.index_topk-1:
         reject('candidate_topk_blocks', c.candidate_topk_blocks,
             f'too few for index_topk={c.index_topk}: the newest block may hold one entry')

@@ -63,7 +63,7 @@ def lookback(
     pad:int,           # what stands before the beginning
     first:int|None=None,   # token that begins a document; None: each row is one
 )->Tensor:             # [B,T,longest] the token itself, the one before, and so on
-    "The last tokens of each position; nothing from before its document began"
+    "The last tokens of each position; nothing from before the mark that begins its document"
     back = []
     over = torch.zeros_like(ids, dtype=torch.bool)
     for d in range(longest):
@@ -134,11 +134,13 @@ class Engram(nn.Module):
         cfg,                       # a `WhaleConfig`
         e:EngramConfig,
         layer:int,                 # one of `e.layers`
-        smaller:Tensor|None=None,  # [V] from `smaller_vocabulary`; None: every id for itself
+        smaller:Tensor|None=None,  # [V] or fewer, from `smaller_vocabulary`; None: as they are
     ):
         super().__init__()
         N,D,wide = cfg.hc_mult, cfg.hidden_size, e.columns*e.width
         if smaller is None: smaller = torch.arange(cfg.vocab_size)
+        new = cfg.vocab_size-len(smaller)      # ids that the tokenizer does not have
+        if new>0: smaller = torch.cat([smaller, smaller.max()+1+torch.arange(new)])
         self.longest,self.eps = e.longest, e.eps
         # a document begins with its mark, and no n-gram reaches across it: ours
         self.pad,self.first = (None if i is None else smaller[i].item()

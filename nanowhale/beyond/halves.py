@@ -87,6 +87,8 @@ class LastRows(nn.Module):
         "As the block in it, with streams [B,n,N,D] of the last n rows"
         *pre,rope,view,cache,ids = rest      # some blocks are handed a `pre` [B,T,N] as well
         T,n = rope[0].shape[-2], min(self.rows, X.shape[1])
+        if view[0].window is not None and len(view[0].window)>1:
+            raise ValueError('last rows know one document a row: no padding, no `docs`')
         if n==T: return self.block(X, *rest)
         if cache is not None: skip(cache, T-n, (len(X), self.block.self_attn.head_dim), X)
         start = T-n if cache is None else cache.length

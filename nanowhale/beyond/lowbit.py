@@ -151,7 +151,8 @@ def read_low(
 
 # %% ../../nbs/6_beyond/56_lowbit.ipynb #f8b4f3ae
 HIGH = ('lm_head', 'o_a_proj', 'weights_proj', 'compressor.kv_proj', 'compressor.gate_proj',
-    'indexer.kv_proj', 'indexer.gate_proj')     # linear layers that are not rounded
+    'indexer.kv_proj', 'indexer.gate_proj',
+    'source.kv_proj', 'source.gate_proj', 'source.k_proj')     # linear layers that are not rounded
 
 def low_product(product, inputs, weights, x, w):   # [...,M,K], [N,K] -> [...,M,N]
     "`product` of rounded operands"

@@ -82,7 +82,7 @@ def equal_v4(
 ROLES = {   # part of a parameter's name -> what it is for; the first that fits
     'engram': 'tables', 'source': 'far', 'indexer': 'far', 'compressor': 'far', 'hc': 'streams',
     'embed_tokens': 'vocabulary', 'lm_head': 'vocabulary', 'self_attn': 'attention',
-    'mlp': 'experts', 'norm': 'norms'}
+    'mlp': 'experts', 'norm': 'norms', 'mtp': 'mtp'}
 
 def params_by_role(
     whale,    # a V4 or a V4.1

@@ -9,7 +9,7 @@ __all__ = ['EXERCISES', 'HOME', 'Exercise', 'exercise', 'prediction', 'mistake',
            'check']
 
 # %% ../../nbs/appendix/93_checker.ipynb #217bfef0
-import difflib, inspect, math, sys
+import difflib, inspect, math, os, sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +258,7 @@ def answer(
     return outcome(ex.right, args)[0]
 
 # %% ../../nbs/appendix/93_checker.ipynb #8a233a4f
-HOME = str(Path(nanowhale.__file__).parent)
+HOME = str(Path(nanowhale.__file__).parent)+os.sep
 
 def codes(
     thing,   # a function or class

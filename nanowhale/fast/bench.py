@@ -336,7 +336,8 @@ def bench(
     "Training, prefill, decoding and memory, beside transformers and beside the machine's limits"
     get_preset(preset)
     sizes = dict(batch_size=batch_size, context=context, max_new_tokens=max_new_tokens)
-    for name,n in (sizes | dict(repeats=repeats)).items(): whole_number(name, n, 1)
+    for name,n in (sizes | dict(repeats=repeats)).items():
+        whole_number(name, n, 3 if name=='max_new_tokens' else 1)   # two warm up
     if precision not in ('fp32', 'bf16'):
         raise ValueError(f'precision={precision!r}: choose fp32 or bf16')
     if out: read_entries(out)

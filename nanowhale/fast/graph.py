@@ -148,6 +148,9 @@ class Decoder:
         if past.spare:
             raise ValueError('a compiled step takes nothing back: '
                 'give it a cache without spare slots')
+        memories = [m for layer in past.layers for m in getattr(layer, 'far', ())]
+        if any(m.tail is None for m in memories):
+            raise ValueError('a compiled step knows the layers of V4 alone')
         cfg = whale.cfg
         kv = past.layers[0].kv
         room = max(LEAST, 1<<(most-1).bit_length())        # tokens of the longest text

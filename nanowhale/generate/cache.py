@@ -89,7 +89,7 @@ class Memory:
         n:int,     # tokens to forget
         left:int): # entries that stay
         "Forget the last n tokens, and the entries that they finished"
-        if not n: return
+        if not n or self.tail is None: return      # nothing was read
         self.length -= n
         self.tail = self.tail[:,:-n]
         self.entries = self.entries[:,:left]

@@ -206,8 +206,13 @@ class HeldOutChats(HeldOut):
                 f'that fits into {recipe.context} tokens')
 
     def targets(self):
-        "What the assistant says in them"
-        return [m['content'].strip() for c in self.chats for m in c if m['role']=='assistant']
+        "What the assistant says in the rows: what was cut to fit is not in them"
+        if not self.rows: return []
+        def answers(labels, docs):
+            for i in range(docs.max()+1):
+                said = labels[(docs==i) & (labels!=-100)]
+                yield self.tok.decode(said, skip_special_tokens=True).strip()
+        return [a for row in zip(self.rows['labels'], self.rows['docs']) for a in answers(*row)]
 
     def sample(self,
         whale,                # the model
@@ -218,7 +223,8 @@ class HeldOutChats(HeldOut):
         first = [c[0]['content'] for c in self.chats if c[0]['role']=='user'][:n]
         def answer(text):
             chat = Chat(whale, self.tok, tokens=60, temperature=temperature, seed=0)
-            return chat.answer(text, write=len)      # into nowhere
+            try: return chat.answer(text, write=len)     # into nowhere
+            except ValueError as e: return f'({e})'      # a run's figures do not hang on it
         return '\n'.join(f'{text.strip()} -> {answer(text).strip()}' for text in first)
 
 # %% ../../nbs/3_generation/26_chat.ipynb #d20b4e14
@@ -291,6 +297,9 @@ class Chat:
             with TextStream(self.tok, show) as stream:
                 generate(self.whale, ids, self.tokens, on_token=stream, **self.rules)
         except KeyboardInterrupt: pass
+        except BaseException:
+            self.messages = before
+            raise
         answer = ''.join(said)
         if answer.strip(): self.messages = [*self.messages, dict(role='assistant', content=answer)]
         else: self.messages = before
@@ -322,6 +331,7 @@ def obey(
         return '(forgotten)'
     if word!='/save': return f'(there is no {word}; /help lists what there is)'
     if not path: return '(save where? /save FILE)'
+    if chat.messages==chat.first: return '(nothing was said yet)'
     chat.save(path)
     return f'(saved in {path})'
 

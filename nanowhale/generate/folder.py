@@ -76,6 +76,9 @@ def save_whale(
     max_shard_size:int|str|None=None,       # e.g. '5GB': above it, several files; None: always one
 ):
     "Write config.json and the weights, to be read by `load_whale` or by transformers"
+    plain = type(whale.cfg) is WhaleConfig and empty_whale(whale.cfg, 'save_whale').state_dict()
+    if not plain or plain.keys()!=whale.state_dict().keys():
+        raise ValueError('only a V4 has a folder that others read: this whale has other parts')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(whale.lm_head.weight.dtype).removeprefix('torch.')

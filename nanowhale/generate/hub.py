@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'card', 'write_export', 'upload', 'check_size', 'export']
 
 # %% ../../nbs/3_generation/31_hub.ipynb #6bf225e5
-import tempfile
+import re, tempfile
 from pathlib import Path
 import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
@@ -56,13 +56,13 @@ def write_export(
     take_marks(whale, tok)
     whale.cfg.to_hf()              # refuses what transformers cannot run
     if dtype: whale.to(TYPES[dtype])
+    text = card(source, whale, name, dtype)       # what it may refuse comes before any file
     whale.save_pretrained(target, max_shard_size)
     tok.save_pretrained(target)
     sampling = source/'generation_config.json'
     if sampling.is_file():
         write_json(target/sampling.name, read_json(sampling)|generation_config(whale))
-    if text := card(source, whale, name, dtype):
-        (target/'README.md').write_text(text, encoding='utf-8')
+    if text: (target/'README.md').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/3_generation/31_hub.ipynb #20a257ac
 def upload(
@@ -94,7 +94,8 @@ def check_size(
 ):
     "Refuse what is no size, in one line, before a model is loaded"
     try: fits = split_torch_state_dict_into_shards({}, max_shard_size=size) is not None
-    except ValueError: fits = False
+    except (ValueError, OverflowError): fits = False
+    fits = fits and bool(re.match('[0.]*[1-9]', str(size)))      # above 0
     if not fits:
         raise ValueError(f'max_shard_size={size!r}: '
             'need a number with KB, MB, GB or TB, such as 5GB')

@@ -23,7 +23,7 @@ def scale_temperature(
     temperature:float,  # 0: all probability on the likeliest token; 1: unchanged; above 1: flatter
 ) -> Tensor:            # [B,V]
     "Logits of the distribution to the power 1/temperature; its limit at 0 is greedy choice"
-    if temperature==0:
+    if temperature<torch.finfo(logits.dtype).tiny:   # dividing by it would be dividing by 0
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, float('-inf')).scatter(-1, best, 0)
     return (logits-logits.amax(-1, keepdim=True))/temperature
@@ -112,7 +112,7 @@ def _check(ok, message):
 # %% ../../nbs/3_generation/24_sample.ipynb #ecbd4304
 def left_pad(
     prompts:list,        # lists of token ids, of any lengths
-    pad_token_id:int=0,  # what fills the gaps; any id, as nothing ever sees it
+    pad_token_id:int=0,  # what fills the gaps; any id, as nothing attends to it
 ) -> tuple:              # ids [B,T] and attention mask [B,T], 0 where padded
     "Prompts as one rectangle, so that all end in the last column"
     some = len(prompts) and all(len(x) for x in prompts)
@@ -190,7 +190,7 @@ def check_rules(
     if top_k is not None: rules['top_k'] = whole_number('top_k', top_k, says=' (all tokens)')
     if top_p is not None: number('top_p', top_p, _LEAST, 1, 'above 0 and at most 1 (all tokens)')
     if min_p is not None: number('min_p', min_p, 0, 1, 'from 0 (all tokens) to 1')
-    number('repetition_penalty', repetition_penalty, _LEAST, _MOST, 'above 0')
+    number('repetition_penalty', repetition_penalty, 1e-30, 1e30, 'above 0 (from 1e-30 to 1e30)')
     return rules
 
 # %% ../../nbs/3_generation/24_sample.ipynb #44f3d275
@@ -278,6 +278,7 @@ def generate(
     decoder=None,                      # who goes on once the prompt is read; see 38_graph
 ) -> Tensor:                           # [B,T+n]
     "Prompt and continuation, token by token; ended rows are filled with padding"
+    max_new_tokens = whole_number('max_new_tokens', max_new_tokens)
     rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _check(use_cache or decoder is None,
         'decoder: it goes on from a cache, so use_cache must be True')

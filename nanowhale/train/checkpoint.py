@@ -8,7 +8,7 @@ __all__ = ['MAX_LINE', 'trainer_state', 'load_trainer_state', 'checkpoints', 'li
            'drop_metrics']
 
 # %% ../../nbs/2_training/20_checkpoint.ipynb #7e06b556
-import json, os, shutil, signal, threading
+import json, math, os, shutil, signal, threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +56,8 @@ def load_trainer_state(
         if opt is None or p is None or v.ndim and v.shape!=p.shape:
             shape = list(v.shape)
             raise ValueError(f'{name!r:.80} of shape {shape} is no state of these optimizers')
-        # a step count stays on the CPU
-        opt.state[p][key] = spread_as(v.to(p.device, copy=True), p) if v.ndim else v.clone()
+        v = v.to(p.device, copy=True)   # step counts too: a fused step looks for them there
+        opt.state[p][key] = spread_as(v, p) if v.ndim else v
     if any(len({*map(frozenset, opt.state.values())})>1 for opt in opts):
         raise ValueError('the optimizers keep more of some parameters than of others')
     try: torch.set_rng_state(state['rng'].byte())
@@ -155,7 +155,7 @@ def noting_signals():  # yields a list of the signals that came
     "Note SIGINT and SIGTERM instead of stopping at once; a second SIGINT is raised"
     noted = []
     def note(signum, frame):
-        if signum==signal.SIGINT and noted: raise KeyboardInterrupt
+        if signum==signal.SIGINT and signum in noted: raise KeyboardInterrupt
         noted.append(signum)
     main = threading.current_thread() is threading.main_thread()   # where signals are handled
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
@@ -214,10 +214,12 @@ def read_state(
             raise ValueError(f'{path}: {what}; '
                 f'remove {last} to go on from the checkpoint before it')
     def count(v): return type(v) is int and 0<=v<2**53
-    def number(v): return type(v) in (int, float)
+    def number(v): return type(v) in (int, float) and math.isfinite(v)
     for k in ('step', 'skipped', 'places', 'filled'):
         need(count(state.get(k)), f'{k!r} must be a whole number')
     for k in ('seconds', 'waited'): need(number(state.get(k)), f'{k!r} must be a number')
+    need(count(state.get('targets', 0)), "'targets' must be a whole number")
+    need(number(state.get('before', 0)), "'before' must be a number")
     best = state.get('best')
     pair = isinstance(best, list) and len(best)==2 and count(best[0]) and number(best[1])
     need(best is None or pair, "'best' must be a step and its loss")

@@ -8,7 +8,7 @@ __all__ = ['PEAKS', 'CURVES', 'GREY', 'LOOK', 'free_folder', 'check_apart', 'agr
            'plot_load', 'board_writer', 'Log', 'Run', 'as_cell', 'model_card']
 
 # %% ../../nbs/2_training/22_loop.ipynb #e401a43e
-import ctypes, json, os, re, sys, time
+import ctypes, json, math, os, re, sys, time
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -74,11 +74,13 @@ def pick_device(
     try:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(1, device=device)
+        known = device.type in ('cpu', 'cuda')
+        right = known or agrees(device)
     except Exception:
         there = ['cpu', *(k for k in ('cuda', 'mps') if getattr(torch, k).is_available())]
         raise ValueError(f'device "{name}" cannot be used here: try {", ".join(there)}') from None
-    if device.type in ('cpu', 'cuda'): return device
-    if not agrees(device):
+    if known: return device
+    if not right:
         raise ValueError(f'device "{name}": its first product is not the CPU\'s; use cpu')
     print(f'nanowhale: {device.type} was never tried by its authors', file=sys.stderr)
     return device
@@ -202,6 +204,7 @@ def plot_load(
     path:str|Path|None=None,   # where to save the picture; None: return the figure
 ):
     "The share of the choices of each expert, a panel a block, and the worst block's MaxVio"
+    metrics = [m for m in metrics if 'expert_load' in m]
     load = torch.tensor([m['expert_load'] for m in metrics]).float()
     steps = [m['step'] for m in metrics]
     share = 100*load/load.sum(-1, keepdim=True).clamp(min=1)
@@ -340,6 +343,7 @@ class _Parts:
             return self.fit_tokenizer(make_tokenizer(self.recipe, size, one_in, start))
         self.tok = from_first(tokenizer)
         take_marks(self.whale, self.tok)
+        if not self.recipe.mtp_weight: self.whale.mtp.requires_grad_(False)
         self.cfg = self.whale.cfg
 
     def first_whale(self, start, spec):
@@ -392,9 +396,9 @@ class _Steps(_Parts):
     def note(self, m, rows, waited):
         "Keep the state in step with what happened"
         s = self.state
-        s.update(step=s['step']+1, skipped=s['skipped']+m['skipped'], seconds=self.log.seconds,
-            waited=s['waited']+waited)
-        if 'labels' in rows: s['targets'] = s.get('targets', 0)+int(n_targets(rows)[0])
+        before = s.get('targets', s['step']*self.recipe.targets)   # of a run that did not count yet
+        s.update(step=s['step']+1, targets=before+int(n_targets(rows)[0]),
+            skipped=s['skipped']+m['skipped'], seconds=self.log.seconds, waited=s['waited']+waited)
         if self.stream:
             filled = int((rows['docs']>=0).sum())
             s.update(stream=self.stream.state(), places=s['places']+rows['docs'].numel(),
@@ -402,8 +406,10 @@ class _Steps(_Parts):
 
     def give_up(self, rows):
         "End with one error that says where the numbers went wrong"
-        mine = {k: v[:self.recipe.batch_size] for k,v in my_rows(rows).items()}
-        where = first_not_finite(self.whale, mine, self.recipe.precision)
+        parts = zip(*(v.split(self.recipe.batch_size) for v in my_rows(rows).values()))
+        found = (first_not_finite(self.whale, dict(zip(rows, part)), self.recipe.precision)
+            for part in parts)
+        where = next(filter(None, found), None)
         what = 'the forward pass is finite, the gradient is not'
         if where: what = f'the output of {where} is not finite'
         kept = 'there is no checkpoint yet'
@@ -443,7 +449,7 @@ class Run(_Steps):
         balance = load_balance(torch.tensor(scores['expert_load']))
         m.update({f'held_out_{k}': v for k,v in balance.items()})
         best = self.state['best']
-        if best is None or scores['loss']<best[1]:
+        if best is None or scores['loss']<best[1] or math.isnan(best[1]):
             self.state['best'] = [self.state['step'], scores['loss']]
 
     def save(self):

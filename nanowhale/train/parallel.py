@@ -73,7 +73,9 @@ def spread(
     if how=='ddp':
         device = next(whale.parameters()).device
         gpus = [device.index] if device.type=='cuda' else None
-        return DistributedDataParallel(whale, device_ids=gpus)
+        # a compressor gets no gradient from rows that are shorter than one of its blocks
+        unused = whale.cfg.layer_types is not None
+        return DistributedDataParallel(whale, device_ids=gpus, find_unused_parameters=unused)
     for block in (*whale.model.layers, *whale.mtp): fully_shard(block)
     return fully_shard(whale)
 
@@ -100,7 +102,7 @@ def local_device(
     return torch.device('cuda', int(local))
 
 # %% ../../nbs/2_training/16_parallel.ipynb #baeab527
-LOST = re.compile('connection|timed out|peer|rank', re.I)   # torch's words for no answer
+LOST = re.compile('connection|timed? ?out|peer|remote process|aborted', re.I)   # torch: no answer
 
 # %% ../../nbs/2_training/16_parallel.ipynb #1c10e3e5
 # Groups, kept until the end of Python: DDP outlives the `with` block, and if it were the last

@@ -180,7 +180,6 @@ class Stream:
         self.block = None
         self.used = self.begun['used']   # rows of the block
         self.waited = 0.                 # seconds
-        self.places = self.filled = 0    # places in rows, and those that held a token
 
     def next_block(self):
         "Wait for a block; what went wrong in the other process is raised here"
@@ -208,19 +207,12 @@ class Stream:
         self.block = block
         self.used = used
         rows = {k: torch.from_numpy(np.concatenate([p[k] for p in parts])).long() for k in parts[0]}
-        self.places += rows['docs'].numel()
-        self.filled += int((rows['docs']>=0).sum())
         return rows
 
     def state(self) -> dict:
         "Where the stream stands, as JSON can hold it"
         if self.block is None: return self.begun
         return dict(number=self.block['number'], at=self.block['at'], used=self.used)
-
-    @property
-    def packing(self):
-        "Share of the places in rows that held a token"
-        return self.filled/max(1, self.places)
 
 # %% ../../nbs/2_training/14_stream.ipynb #3ad7b90e
 def warn_of_padding(
