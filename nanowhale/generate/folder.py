@@ -77,7 +77,8 @@ def save_whale(
 ):
     "Write config.json and the weights, to be read by `load_whale` or by transformers"
     plain = type(whale.cfg) is WhaleConfig and empty_whale(whale.cfg, 'save_whale').state_dict()
-    if not plain or plain.keys()!=whale.state_dict().keys():
+    names = {k.replace('_orig_mod.', '') for k in whale.state_dict()}   # torch.compile's prefix
+    if not plain or plain.keys()!=names:
         raise ValueError('only a V4 has a folder that others read: this whale has other parts')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
