@@ -97,6 +97,7 @@ def test_nan_is_never_the_best():
             T.Run.evaluate(run, {})
         return run.state['best']
     assert best(math.nan, 5., 3., math.nan)==[2, 3.] and best(5., 3., 4.)==[1, 3.]
+    assert best(math.nan) is None
 
 @pytest.mark.parametrize('says', ['not enough memory: you tried to allocate 9 bytes', "DefaultCPUAllocator: can't allocate memory"])
 def test_memory_of_a_processor_runs_out_in_one_line(says):

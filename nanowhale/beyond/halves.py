@@ -87,8 +87,6 @@ class LastRows(nn.Module):
         "As the block in it, with streams [B,n,N,D] of the last n rows"
         *pre,rope,view,cache,ids = rest      # some blocks are handed a `pre` [B,T,N] as well
         T,n = rope[0].shape[-2], min(self.rows, X.shape[1])
-        if view[0].window is not None and len(view[0].window)>1:
-            raise ValueError('last rows know one document a row: no padding, no `docs`')
         if n==T: return self.block(X, *rest)
         if cache is not None: skip(cache, T-n, (len(X), self.block.self_attn.head_dim), X)
         start = T-n if cache is None else cache.length
@@ -111,8 +109,13 @@ def replaying(
     layers,cfg = whale.model.layers, whale.cfg
     first = cfg.num_hidden_layers-len(rows)
     whole = list(layers)
+    def refuse(whale, args, kwargs):
+        if kwargs.get('docs') is not None:
+            raise ValueError('last rows know one document a row: no padding, no `docs`')
+    hook = whale.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         for i,n in enumerate(rows, first): layers[i] = LastRows(whole[i], n, cfg.sliding_window)
         yield whale
     finally:
+        hook.remove()
         for i,block in enumerate(whole): layers[i] = block

@@ -15,7 +15,8 @@ from ..model.config import WhaleConfig
 from ..model.whale import Whale
 from ..train.files import atomic
 from .hf_config import config_from_hf, config_to_dict, config_to_hf
-from .weights import check_keys, find_folder, n_mtp, translate, write_weights
+from nanowhale.generate.weights import (check_keys, find_folder, n_mtp, native_name, translate,
+    write_weights)
 from .legacy import read_model
 
 # %% ../../nbs/3_generation/30_folder.ipynb #b1420343
@@ -77,8 +78,7 @@ def save_whale(
 ):
     "Write config.json and the weights, to be read by `load_whale` or by transformers"
     plain = type(whale.cfg) is WhaleConfig and empty_whale(whale.cfg, 'save_whale').state_dict()
-    names = {k.replace('_orig_mod.', '') for k in whale.state_dict()}   # torch.compile's prefix
-    if not plain or plain.keys()!=names:
+    if not plain or plain.keys()!={*map(native_name, whale.state_dict())}:
         raise ValueError('only a V4 has a folder that others read: this whale has other parts')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -278,8 +278,8 @@ def generate(
     decoder=None,                      # who goes on once the prompt is read; see 38_graph
 ) -> Tensor:                           # [B,T+n]
     "Prompt and continuation, token by token; ended rows are filled with padding"
-    max_new_tokens = whole_number('max_new_tokens', max_new_tokens)
     rules = check_rules(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    max_new_tokens = int(max_new_tokens)
     _check(use_cache or decoder is None,
         'decoder: it goes on from a cache, so use_cache must be True')
     with evaluating(whale):

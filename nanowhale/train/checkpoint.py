@@ -214,10 +214,11 @@ def read_state(
             raise ValueError(f'{path}: {what}; '
                 f'remove {last} to go on from the checkpoint before it')
     def count(v): return type(v) is int and 0<=v<2**53
-    def number(v): return type(v) in (int, float) and math.isfinite(v)
+    def number(v): return type(v) in (int, float)
     for k in ('step', 'skipped', 'places', 'filled'):
         need(count(state.get(k)), f'{k!r} must be a whole number')
-    for k in ('seconds', 'waited'): need(number(state.get(k)), f'{k!r} must be a number')
+    for k in ('seconds', 'waited'):
+        need(number(state.get(k)) and math.isfinite(state[k]), f'{k!r} must be a number')
     need(count(state.get('targets', 0)), "'targets' must be a whole number")
     need(number(state.get('before', 0)), "'before' must be a number")
     best = state.get('best')

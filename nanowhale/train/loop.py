@@ -449,7 +449,7 @@ class Run(_Steps):
         balance = load_balance(torch.tensor(scores['expert_load']))
         m.update({f'held_out_{k}': v for k,v in balance.items()})
         best = self.state['best']
-        if best is None or scores['loss']<best[1] or math.isnan(best[1]):
+        if math.isfinite(scores['loss']) and (best is None or not best[1]<=scores['loss']):
             self.state['best'] = [self.state['step'], scores['loss']]
 
     def save(self):
