@@ -135,7 +135,7 @@ MUTANTS = [   # module, old text, new text
     ('train.evaluate', 'nats/math.log(2)/n_bytes', 'nats*math.log(2)/n_bytes'),
     ('train.loop', 'claim.take(self.out)\n            free_folder(self.out)', 'claim.take(self.out)'),
     ('train.loop', 'range(1, recipe.evals+1)}', 'range(1, recipe.evals)}'),
-    ('train.loop', "scores['loss']<best[1]", "scores['loss']>best[1]"),
+    ('train.loop', "not best[1]<=scores['loss']", "not best[1]>=scores['loss']"),
     ('train.loop', "skipped=s['skipped']+m['skipped']", "skipped=m['skipped']"),
     ('train.loop', 'min(16, max(1, 2**28//(vocab_size*context)))', 'min(16, 2**28//(vocab_size*context))'),
     ('generate.cache', 'self.length-self.window+1)', 'self.length-self.window+2)'),
