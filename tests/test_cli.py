@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 def test_train_tells_what_it_did(place):
     d,r = place
     said = json.loads((d/'whale'/'run.json').read_text())
-    assert said['preset']=='tiny' and said['recipe'].items()>=dict(steps=3, batch_size=2, context=64, mtp_final=0.2, balance_weight=1e-3, lr=0.012).items()
+    assert said['preset']=='tiny' and said['recipe'].items()>=dict(steps=3, batch_size=2, context=64, mtp_final=0.2, balance_weight=1e-3, lr=0.048).items()
     assert list((d/'whale'/'tensorboard').glob('events.out.tfevents.*'))
     for words in ('parameters', 'held-out bits per byte', 'xz -9e', 'sample', 'saved in whale'): assert words in r.stdout+r.stderr
     assert (d/'whale'/'config.json').exists()
@@ -233,11 +233,11 @@ CASES = {
     'no documents': (['eval', '--data', 'data.txt', '--documents', '0'], 'documents=0'),
     'chat at a wrong temperature': (['chat', '--temperature', '-1'], 'temperature=-1.0'),
     'resumed for longer': (['train', '--resume', '--steps', '60'], '--steps 60 (it has 3)'),
-    'resumed otherwise': (['train', '--resume', '--lr', '0.1', '--context', '64', '--seed', '4'], 'not with --lr 0.1 (it has 0.012), --seed 4 (it has 0)'),
+    'resumed otherwise': (['train', '--resume', '--lr', '0.1', '--context', '64', '--seed', '4'], 'not with --lr 0.1 (it has 0.048), --seed 4 (it has 0)'),
     'resumed on another text': (['train', '--resume', '--tokenizer', 'other', '--data', 'more.txt'],
         'not with --tokenizer other (it has none), --data more.txt (it has data.txt)'),
     'resumed with another size': (['train', '--resume', '--preset', 'nanowhale_100m'], '--preset nanowhale_100m (it has tiny)'),
-    'resumed by another recipe': (['train', '--resume', '--recipe', 'card'], '--lr 0.003 (it has 0.012)'),
+    'resumed by another recipe': (['train', '--resume', '--recipe', 'card'], '--lr 0.003 (it has 0.048)'),
     'two models for eval': (['eval', 'whale', '--model', 'other'], 'two models'),
     'no such option': (['generate', 'Hi', '--wit', '1'], '`nanowhale generate --help` lists'),
     'no number': (['generate', 'Hi', '--top-k', 'few'], "argument --top-k: invalid int value: 'few'"),

@@ -169,7 +169,7 @@ def _falls_at_once(steps, warmup, decay, final): return _rates(steps, warmup, 1.
 def _falls_to_0(steps, warmup, decay, final): return _rates(steps, warmup, decay, 0.)
 
 # %% ../../nbs/appendix/95_exercises.ipynb #a97ee5b0
-def _left(rate=0.02, factor=None, decay=0.1, steps=150):
+def _left(rate=0.01, factor=None, decay=0.1, steps=150):
     factors = [schedule(s, steps, 15, 0.6, 0.1) if factor is None else factor for s in range(steps)]
     return math.prod(1-decay*rate*f for f in factors)
 
@@ -180,8 +180,8 @@ def _weights_left(): return _left()
     'the rate is at its peak for 47 of the 150 steps only: look at the drawing')
 def _always_at_the_peak(): return _left(factor=1)
 
-@mistake('weights_left', 'a matrix is Muon\'s, with a rate of 0.02: you took that of AdamW')
-def _adamws_rate(): return _left(rate=0.012)
+@mistake('weights_left', 'a matrix is Muon\'s, with a rate of 0.01: you took that of AdamW')
+def _adamws_rate(): return _left(rate=0.048)
 
 @mistake('weights_left',
     'a step shrinks by weight_decay times the learning rate, not by weight_decay')

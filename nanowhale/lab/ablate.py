@@ -36,7 +36,8 @@ from .compare import Difference, by_seed, commit, holm, paired, start_by_name, w
 # %% ../../nbs/5_evidence/42_ablate.ipynb #42c67490
 # what all of them share, over `tiny` and its recipe
 SMALL = dict(vocab_size=1024, hidden_size=64, num_hidden_layers=2, head_dim=16, qk_rope_head_dim=8,
-    q_lora_rank=32, o_lora_rank=16, moe_intermediate_size=64, batch_size=8, context=128)
+    q_lora_rank=32, o_lora_rank=16, moe_intermediate_size=64, batch_size=8, context=128,
+    lr=0.012, muon_lr=0.02)
 
 # %% ../../nbs/5_evidence/42_ablate.ipynb #6e4919c9
 class Nothing(nn.Module):

@@ -19,8 +19,8 @@ class Recipe:
     accum: int = 1                 # forward passes in one step
     context: int = 256             # T, targets in a row
     precision: str = 'fp32'        # fp32, or bf16 for the matrix products; the weights stay float32
-    lr: float = 0.012              # learning rate of AdamW
-    muon_lr: float|None = 0.02     # learning rate of Muon for the matrices; 0: AdamW takes them too
+    lr: float = 0.048              # learning rate of AdamW
+    muon_lr: float|None = 0.01     # learning rate of Muon for the matrices; 0: AdamW takes them too
     weight_decay: float = 0.1      # of matrices and tables
     warmup: float = 0.1            # share of the run over which the learning rate rises
     decay: float = 0.6             # share of the run, at its end, over which it falls

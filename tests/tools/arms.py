@@ -79,7 +79,7 @@ class Arm:
 HALF = dict(hidden_size=64, head_dim=16, qk_rope_head_dim=8, q_lora_rank=32, o_lora_rank=16, moe_intermediate_size=64)
 ARMS = dict(
     base=Arm(tuned=('muon_lr', 'lr', 'both'), start=dict(muon_lr=0.02, lr=0.012)),
-    untuned=Arm(tuned=(), start=dict(muon_lr=0.02, lr=0.012)),   # the default recipe's rates, as they are
+    untuned=Arm(tuned=(), start=dict(muon_lr=0.02, lr=0.012)),   # chosen roughly: the default recipe's until this campaign
     adamw=Arm(tuned=('lr',), start=dict(muon_lr=0., lr=0.006)),
     adamw_apart=Arm(tuned=('muon_lr', 'lr', 'head', 'both'), start=dict(muon_lr=0.006, lr=0.006, head=1.)),
     one_stream=Arm(hc_mult=1), four_0=Arm(without_rounds), four_2=Arm(hc_sinkhorn_iters=2),

@@ -19,7 +19,7 @@ from nanowhale.train.step import train_step
 FAR = tuple(range(1, 8))
 CSA2 = dict(shared={}, picks=dict(index_source_layer_ids=FAR, candidate_source_layer_id=None))
 
-def csa2_recipe(steps): return get_recipe('tiny', steps=steps, batch_size=8, context=128, mtp_weight=0.)
+def csa2_recipe(steps): return get_recipe('tiny', steps=steps, batch_size=8, context=128, mtp_weight=0., lr=0.012, muon_lr=0.02)
 def held_rows(n, T): return torch.stack([corpus()[1][T*i:T*i+T].long() for i in range(n)])
 def nats(logits, ids): return F.cross_entropy(logits.flatten(0,1), ids.flatten()).item()
 def kl(right, other): return (right.softmax(-1)*(right.log_softmax(-1)-other.log_softmax(-1))).sum(-1)

@@ -32,7 +32,7 @@ SMALL = dict(v4=(Whale, equal_v4()), v41=(WholeWhale, whole_v41()), no_tables=(W
 
 ROWS,CONTEXT = 3,128
 
-def small_recipe(steps): return get_recipe('tiny', steps=steps, batch_size=ROWS, context=CONTEXT, mtp_weight=0.)
+def small_recipe(steps): return get_recipe('tiny', steps=steps, batch_size=ROWS, context=CONTEXT, mtp_weight=0., lr=0.012, muon_lr=0.02)
 
 def small_run(arm, seed, steps):
     "Train one, and see what it has learned"

@@ -39,7 +39,7 @@ def sizes(width):
 
 def recipe(width, budget):
     "The default recipe without MTP, in bf16 as the GPU run is; rates fall as one over the root of the width (0.012 and 0.02 at 128)"
-    base = get_recipe('tiny', mtp_weight=0., precision='bf16')
+    base = get_recipe('tiny', mtp_weight=0., precision='bf16', lr=0.012, muon_lr=0.02)
     f = (128/width)**0.5
     return replace(base, steps=budget//base.targets, lr=round(base.lr*f, 5), muon_lr=round(base.muon_lr*f, 5))
 
