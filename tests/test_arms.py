@@ -7,6 +7,7 @@ from nanowhale.fast.bench import add_to
 from nanowhale.lab.scaling import fit, law
 from nanowhale.model.hyper import HyperConnection
 from nanowhale.train.data import embedded_corpus, split_held_out
+from runs import ROOT
 
 def valley(**best):
     "Bits per byte of rates, least at `best`"
@@ -55,10 +56,13 @@ def test_other_arms_wait_for_the_base_and_scale_its_rates():
     assert len(list(arms.runs('judge', ['base'], entries)))==len(arms.JUDGING)
     assert {r.key['seed'] for r in arms.runs('judge', ['base'], entries)}.isdisjoint({arms.TUNING})
 
-def test_the_default_rates_are_judged_as_they_are():
-    recipe = arms.get_recipe('tiny')
-    assert arms.tuned([], 'untuned')==(dict(muon_lr=recipe.muon_lr, lr=recipe.lr), [])
+def test_rates_where_tuning_begins_are_judged_as_they_are():
+    assert arms.tuned([], 'untuned')==(arms.ARMS['base'].start, [])
     assert len(list(arms.runs('judge', ['untuned'], [])))==len(arms.JUDGING)
+
+def test_the_default_recipe_has_the_rates_that_tuning_came_to():
+    recipe,entries = arms.get_recipe('tiny'),json.loads((ROOT/'results/arms.json').read_text())
+    assert arms.tuned(entries, 'base')[0]==dict(muon_lr=recipe.muon_lr, lr=recipe.lr)
 
 def test_a_doubt_is_settled_by_seeds_that_have_judged_nothing():
     seeds = {stage: {r.key['seed'] for r in arms.runs(stage, ['untuned'], [])} for stage in ('judge', 'again')}
