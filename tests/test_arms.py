@@ -141,6 +141,16 @@ def test_the_fit_finds_a_law_again_and_what_is_held_stays():
     held = fit(N, D, exact, ((-50., 2., .1, 3., .1),), torch.tensor([True, False, False, False, False]))
     assert held[0]==-50
 
+def test_of_several_searches_the_best_end_counts():
+    N,D = torch.tensor([1e5, 1e6, 1e5, 1e6, 3e6]).double(),torch.tensor([3e5, 3e5, 1e6, 1e6, 2e6]).double()
+    loss = law(torch.tensor([-.2, 3., .35, 4., .4]).double(), N, D)
+    near,away = (0., 2., .3, 3., .3),(5., 9., .05, 9., .05)
+    def off(w): return (law(w, N, D)/loss).log().square().sum()
+    ends = {starts: fit(N, D, loss, starts, rounds=3) for starts in ((near,), (away,), (near, away), (away, near))}
+    best = min((ends[near,], ends[away,]), key=off)
+    assert off(ends[near,])!=off(ends[away,])
+    for both in ((near, away), (away, near)): torch.testing.assert_close(ends[both], best)
+
 def test_sizes_of_the_small_law_keep_the_cards_proportions():
     for width in scaling.WIDTHS:
         cfg = scaling.sizes(width)

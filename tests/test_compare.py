@@ -1,9 +1,9 @@
 """Comparisons: the t interval against scipy, beginnings by name, corrections, and files that survive being interrupted."""
-import json, subprocess, sys
+import json, math, subprocess, sys
 import pytest, torch
 from scipy import stats
 from nanowhale.fast.bench import read_entries
-from nanowhale.lab.compare import by_seed, commit, holm, once, paired, processor, start_by_name, t_quantile, t_within
+from nanowhale.lab.compare import by_seed, commit, holm, once, paired, processor, start_by_name, t_quantile, t_within, widened
 from nanowhale.model.plain import PlainConfig, PlainTransformer
 from nanowhale.presets import tiny, tiny_v4
 from nanowhale.model.whale import Whale
@@ -48,6 +48,7 @@ def test_holm_is_scipys_procedure_by_hand():
                 rejected.append(name)
             assert {n for n,p in holm(ps).items() if p<=level}==set(rejected)
     assert holm({})=={} and list(holm(dict(b=0.5, a=0.1)))==['b', 'a']
+    assert holm(dict(a=0.045, b=0.04))==dict(a=0.08, b=0.08)     # none is below one that is smaller
 
 def test_parameters_of_one_name_begin_equal_whatever_else_there_is():
     whales = [start_by_name(Whale(c), 5).state_dict() for c in (tiny(64), tiny_v4(64))]
@@ -99,3 +100,12 @@ def test_a_file_cut_short_while_written_is_not_left_behind(tmp_path, monkeypatch
     with pytest.raises(OSError, match='No space'): once(path, dict(seed=1), dict, 'c')
     assert path.read_text()==before and [p.name for p in tmp_path.iterdir()]==['a.json']
     json.loads(before)
+
+@pytest.mark.parametrize('n', [2, 5])
+def test_independent_errors_add_up_in_squares(n):
+    d = paired({s: math.sin(s)+.2 for s in range(n)}, dict.fromkeys(range(n), 0.))
+    for shared in (0., .3, 4.):
+        half = math.sqrt((d.high-d.mean)**2+shared**2)
+        wide = widened(d, shared)
+        assert (wide.mean, wide.low, wide.high)==pytest.approx((d.mean, d.mean-half, d.mean+half))
+        assert wide.p==pytest.approx(2*stats.t.sf(abs(d.mean)/half*stats.t.ppf(.975, n-1), n-1))

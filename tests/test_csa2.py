@@ -8,6 +8,8 @@ from nanowhale.beyond.csa2 import (Shared, SharedAttention, SharedCache, SharedT
 from nanowhale.fast.kernels import use
 from nanowhale.generate import generate
 from nanowhale.generate.cache import Cache
+from nanowhale.model.compress import far_weights
+from nanowhale.model.visibility import views, whole_rows
 from nanowhale.model.whale import init_weights
 
 torch.set_num_threads(1)
@@ -134,3 +136,25 @@ def test_sizes():
     W(IDS, cache=cache)
     kept = sum(m.entries.numel() for ring in cache.layers for m in getattr(ring, 'far', ()))
     assert kept==2*(8+6)*(11+22)      # rows x numbers of entry and key x entries of both sources
+
+def test_entries_are_pairs_weighted_channel_by_channel():
+    source,T = W.model.layers[1].self_attn.source,7
+    x = torch.randn(2, T, 16, dtype=torch.float64)
+    blocks = views(W.cfg, whole_rows(W.cfg, IDS[:,:T]))[far_kind(2)][1]
+    kv,gate = source.kv_proj(x),source.gate_proj(x)
+    for b in range(2):
+        for j in range(T//2):
+            entry = torch.zeros(8, dtype=torch.float64)
+            for k in range(8):
+                a,c = gate[b,2*j,k].exp(),gate[b,2*j+1,k].exp()
+                entry[k] = (a*kv[b,2*j,k]+c*kv[b,2*j+1,k])/(a+c)
+            assert_close(source.pool(x, blocks)[b,j], source.kv_norm(entry))
+
+def test_indexers_learn_from_weights_of_what_was_picked():
+    "Not from those of all entries behind a query, which the attention did not read"
+    asked = []
+    def noted(q, far, lse, seen):
+        asked.append(seen)
+        return far_weights(q, far, lse, seen)
+    with patch.object(SharedAttention, 'far_weights', staticmethod(noted)): W(IDS, labels=IDS)
+    assert len(asked)==3 and all(seen.sum(-1).max()==W.cfg.index_topk for seen in asked)

@@ -108,17 +108,31 @@ def test_bugs_of_drafting_change_the_distribution(drafter, n):
     ids = torch.tensor([[1, 0, 0, 1]])
     assert furthest(written(whale, spark, ids, n, drafter), exact(whale, ids, n))>1e-3
 
-def test_stop_is_decided_before_the_draw():
-    "Whatever is drawn at a place, whether there is a place is already settled"
+@pytest.mark.parametrize('B', [1, 3])
+def test_stop_is_decided_before_the_draw(B):
+    "Whatever is drawn at a place, whether there is a place is already settled; a batch goes on while one of its rows is sure"
     whale,spark = pair(1)
-    ids = torch.randint(7, (1, 9))
+    ids = torch.randint(7, (B, 9))
     with torch.inference_mode(), tapping(whale, (1, 2)) as taps:
         X = whale(ids[:,:-1]).streams
         sure = BlockDrafter(whale, spark, taps).draft(X, Rows(whale, ids), 3, torch.Generator().manual_seed(0)).confidence
         for least in (0., .1, .3, .6, .99):
             d = BlockDrafter(whale, spark, taps).draft(X, Rows(whale, ids), 3, torch.Generator().manual_seed(0), least=least)
-            n = int((sure.cumprod(-1)>=least).sum())
+            n = int((sure.cumprod(-1).amax(0)>=least).sum())
             assert [x.shape[1] for x in d]==[n]*3 and d.confidence.equal(sure[:,:n])
+
+def test_refused_drafts_leave_no_trace_in_the_context():
+    "Of a pass over the text and two drafts, a drafter reads the text"
+    whale,spark = pair(2)
+    ids = torch.randint(7, (2, 8))
+    kept = []
+    for read in (ids, ids[:,:6]):
+        with torch.inference_mode(), tapping(whale, (1, 2)) as taps:
+            whale(read)
+            drafter = BlockDrafter(whale, spark, taps)
+            drafter.read(6)
+        kept.append(drafter.kept)
+    for a,b in zip(*kept): assert_close(a, b)
 
 # ---------------------------------------------------------------- caches
 

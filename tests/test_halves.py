@@ -1,9 +1,12 @@
 """Reading with half of the layers: what is counted, and replays beside the full pass."""
+from dataclasses import replace
 from unittest.mock import patch
 import pytest, torch
 from torch.testing import assert_close
-from nanowhale.beyond.csa2 import SharedCache, SharedWhale, V41Config, small_v41
-from nanowhale.beyond.halves import LastRows, reading_flops, replayed_rows, replaying, writing_flops
+from torch.utils.flop_counter import FlopCounterMode
+from nanowhale.beyond.csa2 import SharedCache, SharedWhale, V41Config, far_kind, small_v41
+from nanowhale.beyond.halves import LastRows, far_flops, reading_flops, replayed_rows, replaying, writing_flops
+from nanowhale.model.visibility import views, whole_rows
 from nanowhale.model.whale import init_weights
 
 torch.set_num_threads(1)
@@ -95,3 +98,30 @@ def test_counts():
     read = [T*reading_flops(big, T, None) for T in (1, 2, 3)]
     written = [writing_flops(big, T)-2*big.hidden_size*big.vocab_size for T in (2, 3)]
     assert written==pytest.approx([read[1]-read[0], read[2]-read[1]])
+
+def test_tokens_that_a_layer_has_not_read_cannot_be_taken_back():
+    cache = SharedCache(W.cfg, spare=5)
+    read(BOUNDED, 20, cache)                     # layers 3 and 4 have read four tokens
+    with pytest.raises(ValueError, match='cannot take back 5 tokens, at most 4'): cache.rewind(5)
+
+def test_documents_are_welcome_again_afterwards():
+    with replaying(W, BOUNDED): pass
+    assert_close(W(IDS, docs=torch.zeros_like(IDS)).logits, FULL, atol=1e-9, rtol=1e-9)
+
+def test_rows_that_run_are_the_last_ones_of_the_text():
+    "What is saved is the work of the upper layers on the tokens before"
+    def total(T, rows=None): return T*reading_flops(W.cfg, T, rows)
+    for T,n in ((9, 2), (40, 7)):
+        saved = total(T-n)-total(T-n, [0]*2)
+        assert total(T, [n]*2)==pytest.approx(total(T)-saved)
+
+def test_a_source_costs_what_pytorch_counts():
+    "Beside a layer that picks for itself and makes nothing"
+    T = 24
+    c = replace(W.cfg, num_hidden_layers=6, compress_ratios=(0, 2, 2, 1, 1, 1), kv_source_layer_ids=(1, 2, 3), index_source_layer_ids=(1, 2, 3),
+        candidate_source_layer_id=None)
+    x = torch.randn(1, T, c.hidden_size, dtype=torch.float64)
+    made = far_flops(c, 2, T)['compress']-far_flops(replace(c, kv_source_layer_ids=(1, 3)), 2, T)['compress']
+    blocks = views(W.cfg, whole_rows(W.cfg, IDS[:1]))[far_kind(2)][1]
+    with FlopCounterMode(display=False) as counted: W.model.layers[1].self_attn.source(x, blocks)
+    assert T*made==counted.get_total_flops()

@@ -87,6 +87,14 @@ def test_the_cache_is_as_large_as_counted(rung):
     kept = sum(t.numel() for layer in cache.layers for t in tensors(layer))*2/128
     assert kept_bytes(rung)<=round(kept)+1   # what is allocated may be more than what is used
 
+@pytest.mark.parametrize('rung', NAMES[:2])
+def test_plain_rungs_keep_every_key_and_value(rung):
+    whale,made = build(rung).eval(),[]
+    for name,part in whale.named_modules():
+        if name.endswith(('k_proj', 'v_proj')): part.register_forward_hook(lambda part, args, out: made.append(out.numel()))
+    with torch.no_grad(): whale(ids[:1,:64])
+    assert kept_bytes(rung)==2*sum(made)/64      # bf16
+
 def test_every_seed_reads_its_own_bytes_and_every_rung_the_same():
     assert torch.equal(torch.stack(list(batches(1, 3))), torch.stack(list(batches(1, 3))))
     assert not torch.equal(next(batches(1, 1)), next(batches(2, 1)))

@@ -142,9 +142,10 @@ def files(folder): return {str(f.relative_to(folder)) for f in folder.rglob('*')
 
 def test_the_folder_is_complete(run):
     out,results = run
-    kept = {f'checkpoints/step-{n:08}/{f}' for n in (4, 6) for f in FOLDER|TRAINER}
-    assert files(out)==FOLDER|kept|{'README.md', 'run.json', 'results.json', 'metrics.jsonl', 'loss.png', 'expert-load.png'}
     metrics = T.read_metrics(out/'metrics.jsonl')
+    best = 1+min((m['held_out_loss'], m['step']) for m in metrics if 'held_out_loss' in m)[1]
+    kept = {f'checkpoints/step-{n:08}/{f}' for n in {best, 4, 6} for f in FOLDER|TRAINER}     # the best and the last two
+    assert files(out)==FOLDER|kept|{'README.md', 'run.json', 'results.json', 'metrics.jsonl', 'loss.png', 'expert-load.png'}
     assert [m['step'] for m in metrics]==list(range(6)) and [i for i,m in enumerate(metrics) if 'held_out_loss' in m]==[1, 3, 5]
     assert {'loss', 'mtp_loss', 'balance_loss', 'lr', 'grad_norm', 'grad_norms', 'expert_load', 'load_entropy', 'comb_logit', 'column_error',
             'max_vio', 'smallest_share', 'busiest_share', 'tokens_per_second', 'memory', 'waited', 'skipped'}<=set(metrics[0])

@@ -109,6 +109,11 @@ def test_bfloat16(whale, ids, tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **EAGER)
     same_logits(Whale.from_pretrained(tmp_path).float()(ids).logits, hf(ids).logits)
 
+def test_a_model_and_its_copy_share_no_memory(whale, hf):
+    for ours,theirs in ((whale, whale.to_hf()), (Whale.from_hf(hf), hf)):
+        places = [{p.data_ptr() for p in m.parameters()} for m in (ours, theirs)]
+        assert places[0].isdisjoint(places[1])
+
 def test_mixed_types_from_transformers(ids, tmp_path):
     """A bfloat16 model saved by transformers keeps norms, sinks and mixes in float32. It runs here, close to what it says there;
     with all experts chosen, since transformers scores them in bfloat16, which turns near ties around"""

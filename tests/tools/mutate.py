@@ -32,7 +32,7 @@ TESTS = {   # module -> its tests, the quickest first
     'beyond.engram': 'engram', 'beyond.onepass': 'onepass', 'beyond.csa2': 'csa2', 'beyond.halves': 'halves', 'beyond.small': 'small',
     'beyond.dspark': 'dspark', 'beyond.lowbit': 'lowbit', 'beyond.indexer': 'indexer', 'beyond.exchange': 'exchange',
     'lab.compare': 'compare', 'lab.scaling': 'arms', 'lab.ladder': 'ladder', 'lab.ablate': 'ablate', 'run': 'run chat cli marks',
-    'train.recipe': 'step cli run', 'generate.folder': 'weights hub legacy',
+    'train.recipe': 'step cli run', 'generate.folder': 'weights hub legacy compress',
     'cli': 'cli abuse'}
 REST = 'bugs properties whale fast compress block mtp weights parity sample step evaluate run speculate chat checkpoint'
 
