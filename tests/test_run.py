@@ -15,7 +15,7 @@ from nanowhale.model.whale import Whale
 from nanowhale.train.optim import make_optimizers
 from nanowhale.train.recipe import Recipe
 from nanowhale.train.step import add_gradients, train_step
-from nanowhale.train.stream import held_out_texts
+from nanowhale.train.stream import Blocks, Stream, held_out_texts
 from nanowhale.train.loop import as_cell
 
 def packed(n, T, V=60, seed=0):
@@ -195,6 +195,15 @@ def test_reported_loss_is_that_of_the_saved_model(run, text):
     assert abs(again['loss']-results['held-out loss, nats per token'])<3e-4       # written with four digits
     assert abs(again['bits_per_byte']-results['held-out bits per byte'])<3e-4
     assert abs(T.read_metrics(out/'metrics.jsonl')[-1]['held_out_loss']-again['loss'])<1e-6
+
+def test_targets_are_counted_one_by_one(run, text):
+    "A row's last place, or one before another document, has none"
+    out,results = run
+    _,one_in = held_out_texts(str(text))
+    stream,n = Stream(Blocks(str(text), load_tokenizer(out), 32, one_in=one_in)),0
+    for _ in range(6):
+        for row in stream.take(2)['docs'].tolist(): n += sum(a==b>=0 for a,b in zip(row, row[1:]))
+    assert results['targets seen in training']==n<6*2*32
 
 def stop_at(monkeypatch, n, signum):
     "The signal comes while step `n` is under way"

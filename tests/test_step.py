@@ -49,7 +49,7 @@ def test_recipes_are_what_they_say():
     with pytest.raises(ValueError, match='choose one of'): get_recipe('tiny', 'cake')
 
 @pytest.mark.parametrize('bad', [dict(steps=0), dict(batch_size=-1), dict(lr=float('nan')), dict(clip=-1.), dict(precision='fp16'), dict(parallel='tensor'),
-    dict(keep=0), dict(patience=0), dict(compile=True, parallel='fsdp')])
+    dict(keep=0), dict(patience=0), dict(warmup=1.01), dict(dense=2), dict(compile=True, parallel='fsdp')])
 def test_impossible_values(bad):
     with pytest.raises(ValueError, match=next(iter(bad))): Recipe(**bad)
 
