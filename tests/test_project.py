@@ -111,6 +111,26 @@ def test_readme_and_ci_agree_on_the_test_command():
     assert command in (ROOT/'README.md').read_text(encoding='utf-8')
     assert (ROOT/'.ci/run').read_text(encoding='utf-8').strip().endswith(command)
 
+ALONE = """
+import importlib, json, sys
+from pathlib import Path
+folder,wanted = Path(sys.argv[1]),json.loads(sys.argv[2])
+path = [str(folder), *sys.path[1:]]
+for names in wanted:
+    sys.path[:] = path
+    for name in [n for n,m in sys.modules.items() if 'tests' in Path(getattr(m, '__file__', None) or '').parts]: del sys.modules[name]
+    for name in names: importlib.import_module(name)
+"""
+
+@pytest.mark.parametrize('folder', ['tests', 'tests/tools'])
+def test_whatever_is_a_command_finds_what_it_imports(folder):
+    "Without pytest's search path, each as if it were alone; also what a function imports"
+    sources = {f.stem: f.read_text(encoding='utf-8') for f in sorted((ROOT/folder).glob('*.py'))}
+    wanted = [[name, *re.findall(r'^ +(?:import|from) (test_\w+)', text, flags=re.M)] for name,text in sources.items()
+        if re.search(r"^if __name__=='__main__'", text, flags=re.M)]
+    assert len(wanted)>9
+    run('-c', ALONE, ROOT/folder, json.dumps(wanted), cwd=ROOT, path=ROOT)
+
 def test_all_install_the_tested_versions():
     "But for one job of the weekly workflow, which is there for the newest ones"
     for place in ('README.md', 'CONTRIBUTING.md', '.ci/run', '.devcontainer/devcontainer.json', '.github/workflows/test.yml', '.github/workflows/docs.yml'):

@@ -6,6 +6,7 @@ right after every rollback, drafts those of an uncached MTP block; and bugs plan
 
 Speed is measured at batch 1 on continuations of held-out text, with and without drafts in turn; medians over the repeats.
 """
+import conftest   # noqa: F401, as a command, too, it finds tests/tools
 import argparse, contextlib, json, random, statistics, time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from nanowhale.model.whale import Whale
 from nanowhale.generate.cache import Cache, KVCache
 from nanowhale.generate.sample import Rows, draw, generate, left_pad, warp
 from nanowhale.generate.speculate import Drafter, distributions, residual, speculate, verify
+from nanowhale.processor import processor
+from runs import provenance
 
 V,PERIOD = 12,[2, 3, 4, 5, 3, 6, 7, 2, 8, 9, 4, 10, 11]   # the next token needs the one before it; some need more
 
@@ -368,9 +371,9 @@ def main():
     draft = times.pop('draft')
     settings = [(0, None, 1), (0, None, 2), (0, None, 3), (.7, 40, 1), (.7, 40, 2), (.7, 40, 3), (1., None, 1)]
     table = measure(whale, prompts, a.tokens, a.repeats, settings)
-    out = dict(command='python tests/test_speculate.py --model FOLDER --out FILE', hardware=f'{torch.get_num_threads()} threads, torch {torch.__version__}',
-        layers=whale.cfg.num_hidden_layers, vocabulary=whale.cfg.vocab_size, prompts=len(prompts), tokens=a.tokens, repeats=a.repeats,
-        pass_ms=times, draft_ms=draft, table=table)
+    out = provenance('python tests/test_speculate.py --model FOLDER --out FILE') | dict(
+        hardware=f'{processor()}, threads: {torch.get_num_threads()}, torch {torch.__version__}', layers=whale.cfg.num_hidden_layers,
+        vocabulary=whale.cfg.vocab_size, prompts=len(prompts), tokens=a.tokens, repeats=a.repeats, pass_ms=times, draft_ms=draft, table=table)
     if a.out: Path(a.out).write_text(json.dumps(out, indent=1)+'\n')
     print({k: v for k,v in out.items() if k!='table'})
 

@@ -3,6 +3,7 @@ import hashlib, json, os, platform, random, subprocess, sys, tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT/'tests'))   # some tools use what stands in tests
 DOOR = [sys.executable, '-c', 'import sys; from nanowhale.cli import main; sys.exit(main())']
 FAST = [sys.executable, '-c', DOOR[2].replace(';', '; from nanowhale.train.loop import Log; Log.plot = lambda self: None;', 1)]   # no pictures: half the time
 PATIENCE = 1800   # seconds until a test gives up on a process: only one in which nothing happens reaches them, on the busiest machine
