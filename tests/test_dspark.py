@@ -132,7 +132,8 @@ def test_refused_drafts_leave_no_trace_in_the_context():
             drafter = BlockDrafter(whale, spark, taps)
             drafter.read(6)
         kept.append(drafter.kept)
-    for a,b in zip(*kept): assert_close(a, b)
+    for a,b in zip(*kept, strict=True): assert_close(a, b)
+    assert len(kept[0])==2
 
 # ---------------------------------------------------------------- caches
 

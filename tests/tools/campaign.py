@@ -8,7 +8,7 @@ A run counts as survived when it ended as it should (done, stopped, or one line 
 its name can be loaded, and when `--resume`, after mending what the line says, ends with the bits of a run that nothing happened to.
 Commands run in forks of this process, which saves loading torch each time; signals, locks, disks and sockets are real.
 """
-import argparse, importlib.util, json, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
+import argparse, importlib.util, json, os, random, shutil, signal, subprocess, sys, tempfile, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -172,6 +172,7 @@ def full_disk(p):
 def no_more_bytes(p):
     "A quota: no file may grow beyond a size"
     size = int(p.rng.uniform(0.1, 0.9)*(p.folder/'whole'/'model.safetensors').stat().st_size)
+    import resource   # it is not everywhere
     limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     one_line(*p.fresh().train(prepare=limit))
     p.exact()

@@ -1,8 +1,8 @@
 """Runs of minutes to hours whose figures stand in results/, each with its command, seed, commit and hardware.
 
     python tests/tools/measure.py default                    `nanowhale train` as a new user types it                results/tiny.json
-    python tests/tools/measure.py recipes --seeds 3          the tiny whale under both recipes, same tokens        results/recipes.json
-    python tests/tools/measure.py tune lr 0.006 0.012 0.024  the tiny whale with other values of its recipe          results/tuning.json
+    python tests/tools/measure.py recipes --seeds 5          the tiny whale under both recipes, same tokens        results/recipes.json
+    python tests/tools/measure.py tune lr 0.024 0.048 0.096  the tiny whale with other values of its recipe          results/tuning.json
     python tests/tools/measure.py balance [--seeds 0 1 ...]  does every expert work? bias speeds and weights of the loss  results/balance.json
     python tests/tools/measure.py loss [--repeats N]         the loss over V4's vocabulary, from plain to blocks   results/loss.json
     python tests/tools/measure.py precision --steps 1000     fp32, bf16 products, bf16 everywhere                  results/precision.json

@@ -12,7 +12,7 @@ out: it would see every change of a generated file. At the end the tests that no
 must pass. Each row names the commit at which its mistake was planted. A mistake whose old text is not in its module exactly once ends
 the command: the code has changed, plant it differently.
 """
-import argparse, json, os, resource, shutil, signal, sys, tempfile, time
+import argparse, json, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
 from runs import ROOT, preload, provenance
 
@@ -342,7 +342,7 @@ class First:
 
 def pytest_in_child(copy, words, answer, limit):
     "In a forked process: run pytest in the copy, write the first failure into `answer`"
-    import pytest
+    import pytest, resource   # the second one is not everywhere
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2): os.dup2(null, fd)
@@ -410,7 +410,7 @@ def main():
     chosen,rows = [m for m in MUTANTS if m[0] in a.only and m not in done],[]
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d)
-        for part in ('nanowhale', 'tests', 'results'): shutil.copytree(ROOT/part, copy/part, ignore=shutil.ignore_patterns('__pycache__'))
+        for part in ('nanowhale', 'nbs', 'tests', 'results'): shutil.copytree(ROOT/part, copy/part, ignore=shutil.ignore_patterns('__pycache__'))
         for name in ('settings.ini', 'README.md'): shutil.copy(ROOT/name, copy)
         for module,old,new in chosen:
             began,healthy = time.monotonic(),plant(copy/'nanowhale', module, old, new)
@@ -420,7 +420,7 @@ def main():
             if not by: rows[-1]['why'] = WHY.get((module, new), 'not explained')
             if a.out: keep(Path(a.out), rows)
             print(f'{rows[-1]["seconds"]:6} s  {module:18} {new.strip()[:60]:62} {by or "SURVIVED"}', flush=True)
-        tests = sorted({r['by'] for r in rows if '::' in r['by']})
+        tests = sorted({r['by'] for r in rows if r['by'].startswith('tests/')})
         sick = run(copy, tests, 3*a.limit) if tests else ''
         if sick: sys.exit(f'fails without any mistake: {sick}')
     caught = sum(bool(r['by']) for r in rows)

@@ -38,7 +38,7 @@ def sizes(width):
         sliding_window=256, num_nextn_predict_layers=0)
 
 def recipe(width, budget):
-    "The default recipe without MTP, in bf16 as the GPU run is; rates fall as one over the root of the width (0.012 and 0.02 at 128)"
+    "The tiny recipe without MTP, in bf16 as the GPU run is; its rates, 0.012 and 0.02 at width 128, fall as one over the root of it"
     base = get_recipe('tiny', mtp_weight=0., precision='bf16', lr=0.012, muon_lr=0.02)
     f = (128/width)**0.5
     return replace(base, steps=budget//base.targets, lr=round(base.lr*f, 5), muon_lr=round(base.muon_lr*f, 5))
