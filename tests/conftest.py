@@ -1,14 +1,13 @@
 """pytest in the checkout: the package is importable uninstalled, no network or window is used, and the flags that mark
 notebook cells (`tst_flags` of settings.ini) mark tests as well: `@pytest.mark.slow` runs with `pytest --flags slow`.
 `pytest --used` tells how much of its limit each numerical comparison used (tests/tools/used.py)."""
-import os, sys
+import os
 from configparser import ConfigParser
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT/'tests/tools')]
+from paths import ROOT
+
 for name,value in dict(HF_HUB_OFFLINE='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(name, value)
 
 ini = ConfigParser(interpolation=None)

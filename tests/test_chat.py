@@ -2,7 +2,7 @@
 
     python tests/test_chat.py --data FILE --init FOLDER [--steps N]     fine-tune a whale, before and after: results/chat.json
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import argparse, json, math, os, platform, signal, subprocess, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace

@@ -3,7 +3,7 @@
     pytest tests/test_checkpoint.py                                          two kills, a full disk, a folder one may not write to
     python tests/test_checkpoint.py --kills 20 --out results/kills.json      twenty kills at random moments
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest, torch

@@ -3,7 +3,7 @@
     pytest tests/test_compress.py           20 random mixes of layers
     python tests/test_compress.py --n 200   a table: worst errors of forward, gradients and cached decoding
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import argparse, inspect, math, random
 from contextlib import contextmanager
 from dataclasses import replace

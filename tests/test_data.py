@@ -1,5 +1,5 @@
 """Text to rows: nothing lost, nothing twice, nothing leaked, and one clear line for each kind of bad input"""
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import csv, gzip, importlib, io, json, os, random, uuid
 from datetime import date, datetime
 from pathlib import Path

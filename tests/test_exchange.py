@@ -3,7 +3,7 @@ exchange lists and need no network, so that five are as cheap as two; the last o
 
     pytest tests/test_exchange.py
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import copy, itertools, os, random, subprocess, sys, threading, types
 from dataclasses import replace
 from pathlib import Path

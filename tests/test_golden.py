@@ -13,7 +13,7 @@ Tolerance: where the files were made, on x86-64 Linux, 1e-5. The largest differe
 torch 2.9 and 2.13, one and two threads, with and without AVX2 and AVX-512 (`--far`; results/ages.json keeps what it said). Other processors
 and systems, which nobody has measured, add up in another order, which ten steps at gentle rates may make larger: 1e-3.
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import argparse, ast, io, json, os, platform, re, shutil, subprocess, sys, tarfile, tempfile
 from configparser import ConfigParser
 from contextlib import redirect_stderr, redirect_stdout

@@ -7,7 +7,7 @@ The stand-in speaks the client's plain HTTP protocol: repository info, tree, HEA
 batch and commit. It does not speak Xet, the Hub's newer storage protocol, which the client uses where the server offers it; so
 `HF_HUB_DISABLE_XET` is set. What differs there is how bytes travel, neither names nor the checksums that the cache is built on.
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import base64, hashlib, json, logging, os, re, subprocess, sys, threading
 from contextlib import ExitStack, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

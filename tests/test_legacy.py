@@ -6,7 +6,7 @@
 The oracle shares no line with the package: tokens, heads and streams are loops, RoPE turns halves by minus the angle, attention
 is causal over everything without a sink, each expert is called by itself, nothing is clamped when the limit is 0.
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import copy, json, math, os, random, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch

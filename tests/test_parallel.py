@@ -7,7 +7,7 @@ Sums of halves round differently, and training at a high learning rate is chaoti
 1e-7 grows tenfold every five steps, between two batch sizes on one process just as between one and two processes. So equality is
 judged at lower rates, and the table shows both, with the other batch size as the control.
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import argparse, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest

@@ -6,7 +6,7 @@ right after every rollback, drafts those of an uncached MTP block; and bugs plan
 
 Speed is measured at batch 1 on continuations of held-out text, with and without drafts in turn; medians over the repeats.
 """
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import argparse, contextlib, json, random, statistics, time
 from dataclasses import replace
 from pathlib import Path

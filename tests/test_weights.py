@@ -1,5 +1,5 @@
 "Checkpoint folders: round trips with transformers, damaged and hostile folders, writes that fail half-way"
-import conftest   # noqa: F401, as a command, too, it finds tests/tools
+import paths   # noqa: F401, for tests/tools
 import json, os, subprocess, sys
 from dataclasses import replace
 import pytest, torch, transformers
