@@ -3,8 +3,8 @@
     pytest tests/test_parallel.py                                            six steps, DDP and FSDP2 on two processes; a lost one
     python tests/test_parallel.py --steps 50 --out results/parallel.json     fifty steps, and runs handed from one number to another
 
-Sums of halves round differently, and training at a high learning rate is chaotic: at the tiny recipe's own rates the difference of
-1e-7 grows tenfold every five steps, between two batch sizes on one process just as between one and two processes. So equality is
+Sums of halves round differently, and training at a high learning rate is chaotic: at the tiny recipe's own rates a difference of
+1e-7 grows to hundredths in fifty steps, between two batch sizes on one process just as between one and two processes. So equality is
 judged at lower rates, and the table shows both, with the other batch size as the control.
 """
 import paths   # noqa: F401, for tests/tools

@@ -6,7 +6,7 @@ r"""Measured values in prose come out of `results/`, and no number is typed that
 Without FILES, every notebook under `nbs/` is meant. A receipt is a link with a title. Its target is a file of `results/`, its
 title says where the value stands in it, and the number in its text is rendered, with as many decimals as are there now:
 
-    [1.35 minutes](../results/tiny.json "results > minutes of training")
+    [1.69 minutes](../results/tiny.json "results > minutes of training")
     [0.26 bits](../results/ladder.json "mean of rung=attention > bits_per_byte - mean of rung=compress > bits_per_byte")
 
 A step of the way is a key, or `*` for all of them; in a list, a place counted from 0, or what an entry says: `rung=moe, seed=0`.
