@@ -81,6 +81,7 @@ def test_rows_of_several_documents_are_refused_in_a_line():
     docs = torch.zeros_like(IDS)
     docs[0,:5] = -1
     with replaying(W, BOUNDED), pytest.raises(ValueError, match='one document a row'): W(IDS, docs=docs)
+    with replaying(W, BOUNDED), pytest.raises(ValueError, match='one document a row'): W(IDS, None, docs)
 
 def test_blocks_are_put_back_whatever_happens():
     before = list(W.model.layers)

@@ -110,7 +110,8 @@ def replaying(
     first = cfg.num_hidden_layers-len(rows)
     whole = list(layers)
     def refuse(whale, args, kwargs):
-        if kwargs.get('docs') is not None:
+        docs = args[2] if len(args)>2 else kwargs.get('docs')
+        if docs is not None:
             raise ValueError('last rows know one document a row: no padding, no `docs`')
     hook = whale.register_forward_pre_hook(refuse, with_kwargs=True)
     try:

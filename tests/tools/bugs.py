@@ -23,7 +23,7 @@ from nanowhale.model.whale import Whale
 from nanowhale.train import data, evaluate, optim, step
 from nanowhale.generate import cache, sample, weights
 from nanowhale.generate.cache import Cache
-sys.path.append(str(Path(__file__).parents[1]))   # the checks of compressed layers stand in tests/
+import runs   # noqa: F401, for the checks of compressed layers, which stand in tests/
 import test_compress
 from test_compress import (no_query_is_told_the_future, only_distances_count, packed_documents_are_alone,
     padding_is_never_seen, tables_are_fair)
@@ -686,7 +686,6 @@ def _(m):
 @bug(19, 'weights saved under the compiler prefix', a_compiled_whales_checkpoint_loads)
 def _(m):
     from safetensors.torch import save_file
-    from pathlib import Path
     everywhere(m, weights.write_weights, lambda state, folder: save_file(state, Path(folder)/weights.WEIGHTS))
 
 @bug(19, 'a loader that does not know the compiler prefix', a_compiled_whales_checkpoint_loads)
